@@ -1,0 +1,33 @@
+"""What the decoders weigh: norms from every source layer to every target layer.
+
+A raw decoder norm carries the scale of its target, σ_t = sqrt(E‖y_t − ȳ_t‖²), so it is divided by it;
+then norms at different targets can be compared.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparsify_vlm.coders import Clt
+
+
+def decoder_norms(clt: Clt, sigma: Tensor) -> list[list[float | None]]:
+    """Mean over latents of ‖W_{s→t}[i]‖ / σ_t, as [source layer][target layer].
+
+    Args:
+        clt: a cross-layer transcoder of L layers.
+        sigma: [L], the standard deviation σ_t of each target.
+
+    Returns:
+        L × L numbers; None where the source does not write to the target.
+    """
+    n_layers = clt.cfg.n_layers
+    norms: list[list[float | None]] = [[None] * n_layers for _ in range(n_layers)]
+    for target in range(n_layers):
+        for source, k in clt.cfg.sources(target):
+            mean = clt.W_dec[source][k].detach().norm(dim=1).mean()
+            norms[source][target] = float(mean / sigma[target])
+    return norms
