@@ -1,7 +1,7 @@
 """What the decoders weigh: norms from every source layer to every target layer.
 
-A raw decoder norm carries the scale of its target, σ_t = sqrt(E‖y_t − ȳ_t‖²), so it is divided by it;
-then norms at different targets can be compared.
+A raw decoder norm carries the scale of its target, σ_t = sqrt(E‖y_t − ȳ_t‖²), so it is divided by
+it; then norms at different targets can be compared.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 For a concept c with positive patches P_c and a latent i that fires (activation > 0) on patches A_i:
 
-    precision = |A_i ∩ P_c| / |A_i|,  recall = |A_i ∩ P_c| / |P_c|,  F1 = 2 |A_i ∩ P_c| / (|A_i| + |P_c|)
+    precision = |A_i ∩ P_c| / |A_i|,   recall = |A_i ∩ P_c| / |P_c|
+    F1 = 2 |A_i ∩ P_c| / (|A_i| + |P_c|)
 
 The best latent per concept is chosen on one half of the samples and scored on the other, since the
 maximum over thousands of latents would flatter any coder. A latent that always fires has
@@ -44,7 +45,7 @@ class Firings:
 
 @dataclass(frozen=True)
 class ConceptLatent:
-    """The latent that stands best for a concept, with its scores on samples it was not chosen on."""
+    """The latent that stands best for a concept; scores are from samples it was not chosen on."""
 
     concept: str
     layer: int

@@ -7,7 +7,7 @@ from sparsify_vlm.features.concepts import Firings, best_latent
 
 
 def planted(seed: int = 0, n_patches: int = 4000, num_latents: int = 50) -> tuple[Firings, Firings]:
-    """Noise everywhere, but latent 7 of the second layer fires on 80 % of the first 1000 patches."""
+    """Noise, but latent 7 of the second layer fires on 80 % of the first 1000 patches."""
     rng = np.random.default_rng(seed)
     layers = []
     for layer in range(2):
