@@ -1,8 +1,8 @@
 """The embedded pair's architecture: configurations, word-level tokenizer and processor.
 
-`tiny-llava` is transformers' own LlavaForConditionalGeneration and `tiny-llama` the LlamaForCausalLM
-it was tuned from, at 96 dimensions. `scripts/train_tiny_llava.py` trains them; the results lie in
-`checkpoints/` beside this file.
+`tiny-llava` is transformers' own LlavaForConditionalGeneration and `tiny-llama` the
+LlamaForCausalLM it was tuned from, at 96 dimensions. `scripts/train_tiny_llava.py` trains them; the
+results lie in `checkpoints/` beside this file.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
-_GRAMMAR = "what colour is the shape one how many shapes are there a an at".split()
+_ASKING = ("what", "colour", "is", "the", "shape", "one", "how", "many", "shapes", "are")
+_TELLING = ("there", "a", "an", "at")
 
 
 def vocabulary() -> list[str]:
     """Every token in the order of its id: special tokens, then the words of the shapes data."""
     places = [word for place in PLACES for word in place.split()]
-    words = [*_GRAMMAR, *COLOURS, *SHAPES, *NUMBERS, "yes", "no", *places]
+    words = [*_ASKING, *_TELLING, *COLOURS, *SHAPES, *NUMBERS, "yes", "no", *places]
     marks = [USER, ASSISTANT, NEWLINE, "?", ".", ","]
     return list(dict.fromkeys([PAD, BOS, EOS, UNKNOWN, IMAGE, *marks, *words]))
 
