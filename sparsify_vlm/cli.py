@@ -1,0 +1,245 @@
+"""The command line: `sparsify-vlm COMMAND …`, and what `python -m sparsify …` runs when it is ours.
+
+Each command is one or more config dataclasses, which `flags.py` makes a command line of, and a
+function of the room that does the work. Rooms are imported when their command is asked for.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from sparsify_vlm import __version__
+from sparsify_vlm.errors import UserError
+from sparsify_vlm.flags import HelpRequested, UsageError, parse
+
+INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
+
+
+@dataclass(frozen=True)
+class Command:
+    """A word behind `sparsify-vlm`."""
+
+    summary: str
+    """One line of `sparsify-vlm --help`."""
+    positionals: tuple[str, ...]
+    """Fields that may be given without a flag, in order."""
+    load: Callable[[], tuple[dict[str, type], Callable[..., object]]]
+    """Imports the room; returns its configs and the function called with their instances."""
+    after_interrupt: str = ""
+    """How to go on after Ctrl-C."""
+
+
+def _train() -> tuple[dict[str, type], Callable[..., object]]:
+    from sparsify_vlm.data.config import DataConfig
+    from sparsify_vlm.training import RunConfig, TrainConfig, train
+
+    return {"run": RunConfig, "cfg": TrainConfig, "data": DataConfig}, train
+
+
+def _capture() -> tuple[dict[str, type], Callable[..., object]]:
+    from sparsify_vlm.data.capture import CaptureConfig, capture
+
+    return {"cfg": CaptureConfig}, capture
+
+
+def _evaluate() -> tuple[dict[str, type], Callable[..., object]]:
+    from sparsify_vlm.replacement.evaluate import EvaluateConfig, evaluate
+
+    return {"cfg": EvaluateConfig}, evaluate
+
+
+def _estimate() -> tuple[dict[str, type], Callable[..., object]]:
+    from sparsify_vlm.training.estimate import EstimateConfig, estimate
+
+    return {"cfg": EstimateConfig}, estimate
+
+
+def _import_activations() -> tuple[dict[str, type], Callable[..., object]]:
+    from sparsify_vlm.data.legacy import ImportActivationsConfig, import_activations
+
+    return {"cfg": ImportActivationsConfig}, import_activations
+
+
+def _demo() -> tuple[dict[str, type], Callable[..., object]]:
+    from sparsify_vlm.report.demo import DemoConfig, run_demo
+
+    return {"cfg": DemoConfig}, run_demo
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "train a cross-layer transcoder, transcoders or SAEs on a model",
+        ("model", "dataset"),
+        _train,
+        "the same command with --resume continues from the last checkpoint",
+    ),
+    "capture": Command(
+        "store a model's activations on a dataset",
+        ("model", "dataset"),
+        _capture,
+        "the same command continues where it stopped",
+    ),
+    "evaluate": Command(
+        "measure a trained coder and the model with its MLPs replaced",
+        ("clt", "dataset"),
+        _evaluate,
+    ),
+    "estimate": Command(
+        "memory and time a training run would take, before anything is loaded",
+        ("model",),
+        _estimate,
+    ),
+    "demo": Command(
+        "everything once, on the embedded model and data, with a report",
+        (),
+        _demo,
+        "the same command starts again",
+    ),
+    "import-activations": Command(
+        "read activations stored in L{layer}/batch_{i}_{x,y}.pt",
+        ("src", "dst"),
+        _import_activations,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None, program: str = "sparsify-vlm") -> int:
+    """Run `sparsify-vlm` with `argv` (default: the process's) and return its exit status.
+
+    0: done; 1: something given cannot be used; 2: the command line cannot be read; 130: Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        return _print(_overview(program))
+    if name == "--version":
+        return _print(f"{program} {__version__}")
+    if name.replace("_", "-") not in COMMANDS:
+        return _fail(UsageError(_unknown_command(name)), 2)
+    name = name.replace("_", "-")
+    return run_command(COMMANDS[name], argv[1:], f"{program} {name}")
+
+
+def run_as_sparsify() -> int:
+    """`python -m sparsify …` and the script `sparsify`, when the job is ours: `train`."""
+    return run_command(COMMANDS["train"], sys.argv[1:], "python -m sparsify")
+
+
+def run_command(command: Command, argv: Sequence[str], program: str) -> int:
+    """Parse `argv` for `command`, run it, and turn what a user can mend into one line."""
+    debug = any(token.startswith("--debug") for token in argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with _told_in_one_line(command, debug) as outcome, _only_first_rank_prints():
+        outcome.parsing = True
+        configs, function = command.load()
+        parsed = parse(configs, command.positionals, argv, program)
+        outcome.parsing = False
+        function(**parsed) if len(parsed) > 1 else function(*parsed.values())
+    return outcome.status
+
+
+@dataclass
+class _Outcome:
+    status: int = 0
+    parsing: bool = False
+
+
+@contextmanager
+def _told_in_one_line(command: Command, debug: bool) -> Iterator[_Outcome]:
+    """Turn exceptions that are not our own mistakes into a line on stderr and an exit status."""
+    outcome = _Outcome()
+    try:
+        yield outcome
+        sys.stdout.flush()
+    except HelpRequested as request:
+        outcome.status = _print(request.text)
+    except KeyboardInterrupt:
+        hint = f"; {command.after_interrupt}" if command.after_interrupt else ""
+        outcome.status = _fail(f"interrupted{hint}", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        outcome.status = 1
+    except Exception as error:
+        line = _line_for(error)
+        if debug or line is None:
+            raise
+        quiet = outcome.parsing and _rank() > 0  # every rank has read the same command line
+        status = 2 if isinstance(error, UsageError) else 1
+        outcome.status = status if quiet else _fail(line, status)
+
+
+def _line_for(error: Exception) -> str | None:
+    """What to tell the user of `error`; None where it is a mistake of this program."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if _is_disk_full(error):
+        where = getattr(error, "filename", None) or "the output directory"
+        return f"no space left on the disk of {where}; what was complete before is untouched"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return "out of memory: a smaller --batch_size, or --micro_acc_steps, needs less"
+    return None
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Whether `error` is "no space left", from Python or from safetensors, which has no errno."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def _only_first_rank_prints() -> Iterator[None]:
+    """Under torchrun, keep the standard output of every process but the first."""
+    if _rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def _print(text: str) -> int:
+    if _rank() == 0:
+        print(text.rstrip("\n"), flush=True)
+    return 0
+
+
+def _fail(what: object, status: int) -> int:
+    where = f"[rank {_rank()}] " if _rank() else ""
+    print(f"{where}error: {what}", file=sys.stderr, flush=True)
+    return status
+
+
+def _unknown_command(name: str) -> str:
+    if name.startswith("-"):
+        return f"the command comes first, before {name}; one of {', '.join(COMMANDS)}"
+    near = get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(COMMANDS)}"
+    return f"unknown command {name!r}; {hint}"
+
+
+def _overview(program: str, commands: Mapping[str, Command] = COMMANDS) -> str:
+    width = max(len(name) for name in commands)
+    lines: list[Any] = [
+        f"usage: {program} COMMAND [options]",
+        "",
+        "Sparse coders and cross-layer transcoders for vision-language models.",
+        "",
+        *(f"  {name:<{width}}  {command.summary}" for name, command in commands.items()),
+        "",
+        f"{program} COMMAND --help lists a command's options. `python -m sparsify MODEL …` is the",
+        "same as `train` whenever --cross_layer is given or MODEL sees images.",
+    ]
+    return "\n".join(lines)
