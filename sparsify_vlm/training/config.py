@@ -1,0 +1,191 @@
+"""What `train` can be told: sparsify's own settings and those of a cross-layer transcoder.
+
+Fields that are not repeated here, with their defaults and meanings, are sparsify's (`config.py`
+there). Settings of sparsify that this trainer does not have yet are refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sparsify_vlm.errors import UserError
+from sparsify_vlm.training import upstream
+
+
+@dataclass
+class CoderConfig(upstream.SparseCoderConfig):
+    """One coder per hookpoint, and the layers it writes to."""
+
+    cross_layer: int = 0
+    """Number of layers each coder writes to, counted in the list of hookpoints. 0: a coder per
+    layer that writes to its own layer only."""
+
+    target_offset: Literal[0, 1] = 0
+    """First layer a coder writes to: 0 its own layer, 1 the next one."""
+
+    post_encoder_scale: bool = False
+    """Learn a scale per latent and target on the activation a decoder reads."""
+
+    train_post_encoder: bool = False
+    """Learn a bias per latent and target, added to active latents before a decoder reads them."""
+
+    input_site: Literal["mlp_in", "resid_mid"] = "mlp_in"
+    """What a transcoder reads: the MLP's input after its norm, or the residual stream before it."""
+
+    def __post_init__(self) -> None:
+        _check_coder(self)
+
+    @property
+    def n_targets(self) -> int:
+        """The number of targets asked of each coder, at least 1."""
+        return max(self.cross_layer, 1)
+
+
+@dataclass
+class TrainConfig(upstream.TrainConfig):
+    """How coders are trained; `sae` says what they are."""
+
+    sae: CoderConfig
+
+    activations: str | None = None
+    """Train from this activation store (see `capture`) instead of the running model."""
+
+    batch_tokens: int = 4096
+    """Batch size measured in tokens, for `--activations`; per process, like `batch_size`."""
+
+    max_steps: int | None = None
+    """Stop after this number of optimizer steps. Needed where a dataset's length is unknown and
+    the learning rate decays (`adam`, `muon`)."""
+
+    epochs: int = 1
+    """Number of passes through the dataset."""
+
+    filter_bos: bool = True
+    """Leave the beginning-of-sequence token out of training and of every figure."""
+
+    remove_first_token: bool = False
+    """Leave the first token of every sample out, whatever it is."""
+
+    resume: bool = False
+    """Continue the run of this name exactly where its last checkpoint stands."""
+
+    overwrite: bool = False
+    """Delete the run of this name and start anew."""
+
+    log_to_wandb: bool = False
+    """Log to Weights & Biases (`pip install 'sparsify-vlm[log]'`)."""
+
+    log_to_tensorboard: bool = False
+    """Write TensorBoard event files into the run's folder."""
+
+    log_to_trackio: bool = False
+    """Log to trackio."""
+
+    log_every: int = 1
+    """Write a line of metrics.jsonl every so many steps."""
+
+    run_name: str | None = None
+    """Name of the run: its folder within `save_dir`. Default: `unnamed`."""
+
+    wandb_log_frequency: int = 1
+    """Log to Weights & Biases, TensorBoard and trackio every so many lines of metrics.jsonl."""
+
+    save_dir: str = "checkpoints"
+    """Folder that holds the runs."""
+
+    def __post_init__(self) -> None:
+        _check_hookpoints(self)
+        _check_counts(self)
+        _check_supported(self)
+        if self.resume and self.overwrite:
+            raise UserError("--resume continues a run and --overwrite deletes it: give only one")
+        super().__post_init__()
+
+    @property
+    def seed(self) -> int:
+        """The one seed of the coders' initial weights."""
+        return self.init_seeds[0]
+
+
+def _check_coder(cfg: CoderConfig) -> None:
+    if cfg.cross_layer < 0:
+        raise UserError(
+            f"--cross_layer {cfg.cross_layer} is negative: give the number of layers each coder "
+            "writes to, or 0 for per-layer coders"
+        )
+    if cfg.cross_layer > 0 and not cfg.transcode:
+        raise UserError(
+            "--cross_layer needs --transcode: an autoencoder has no other layer to write to"
+        )
+    if cfg.target_offset not in (0, 1):
+        raise UserError(f"--target_offset {cfg.target_offset}: must be 0 or 1")
+    if cfg.target_offset == 1 and cfg.cross_layer == 0:
+        raise UserError("--target_offset 1 needs --cross_layer: a per-layer coder has no next one")
+    if not cfg.transcode and cfg.input_site != "mlp_in":
+        raise UserError(
+            f"--input_site {cfg.input_site} needs --transcode: an autoencoder reads what it writes"
+        )
+    if cfg.k < 1:
+        raise UserError(f"--k {cfg.k}: at least 1 latent must be active")
+    if cfg.num_latents < 0 or (cfg.num_latents == 0 and cfg.expansion_factor < 1):
+        raise UserError("give --expansion_factor or --num_latents as a positive number")
+    if cfg.num_latents and cfg.k > cfg.num_latents:
+        raise UserError(
+            f"--k {cfg.k} is larger than --num_latents {cfg.num_latents}: lower --k or raise the "
+            "number of latents"
+        )
+    if cfg.activation != "topk":
+        raise UserError(f"--activation {cfg.activation} is not supported yet: use topk")
+    if cfg.multi_topk:
+        raise UserError("--multi_topk is not supported yet: leave it out")
+
+
+def _check_hookpoints(cfg: TrainConfig) -> None:
+    if cfg.layers and cfg.hookpoints:
+        raise UserError("--layers and --hookpoints name the same thing: give only one")
+    if cfg.layers and cfg.layer_stride != 1:
+        raise UserError("--layers and --layer_stride exclude each other: give only one")
+    if len(set(cfg.layers)) < len(cfg.layers) or any(layer < 0 for layer in cfg.layers):
+        raise UserError(f"--layers {cfg.layers}: give every layer once, counted from 0")
+
+
+_AT_LEAST_ONE = (
+    "batch_size",
+    "batch_tokens",
+    "grad_acc_steps",
+    "micro_acc_steps",
+    "epochs",
+    "layer_stride",
+    "save_every",
+    "log_every",
+    "wandb_log_frequency",
+)
+
+
+def _check_counts(cfg: TrainConfig) -> None:
+    for name in _AT_LEAST_ONE:
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
+    if cfg.max_steps is not None and cfg.max_steps < 1:
+        raise UserError(f"--max_steps {cfg.max_steps}: must be at least 1")
+    if cfg.lr is not None and not cfg.lr > 0:
+        raise UserError(f"--lr {cfg.lr}: must be positive")
+    for name in ("lr_warmup_steps", "k_decay_steps", "dead_feature_threshold"):
+        if getattr(cfg, name) < 0:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must not be negative")
+
+
+def _check_supported(cfg: TrainConfig) -> None:
+    refused = {
+        "--loss_fn " + cfg.loss_fn: (cfg.loss_fn != "fvu", "use fvu"),
+        "--auxk_alpha": (cfg.auxk_alpha != 0, "leave it at 0"),
+        "--distribute_modules": (cfg.distribute_modules, "every process trains all coders"),
+        "--save_best": (cfg.save_best, "leave it out"),
+        "more than one of --init_seeds": (len(cfg.init_seeds) > 1, "train a run per seed"),
+    }
+    for what, (asked, instead) in refused.items():
+        if asked:
+            raise UserError(f"{what} is not supported yet: {instead}")
+    if not cfg.init_seeds:
+        raise UserError("--init_seeds needs one seed")
