@@ -1,0 +1,69 @@
+"""Image-text and text datasets, the embedded shapes, capture and the activation store."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparsify_vlm.data.batching import batches, prefetched
+    from sparsify_vlm.data.capture import CaptureConfig
+    from sparsify_vlm.data.config import DataConfig
+    from sparsify_vlm.data.images import BadSample, ImageRef
+    from sparsify_vlm.data.legacy import ImportActivationsConfig, import_activations
+    from sparsify_vlm.data.prompts import EncodedBatch, encode
+    from sparsify_vlm.data.rows import Sample, Turn
+    from sparsify_vlm.data.shapes import ShapesDataset
+    from sparsify_vlm.data.sources import SampleSource, open_samples
+    from sparsify_vlm.data.store import ActivationStore
+
+# Imported when first used: reading the configuration must not import torch.
+_HOMES = {
+    "ActivationStore": "store",
+    "BadSample": "images",
+    "CaptureConfig": "capture",
+    "DataConfig": "config",
+    "EncodedBatch": "prompts",
+    "ImageRef": "images",
+    "ImportActivationsConfig": "legacy",
+    "Sample": "rows",
+    "SampleSource": "sources",
+    "ShapesDataset": "shapes",
+    "Turn": "rows",
+    "batches": "batching",
+    "encode": "prompts",
+    "import_activations": "legacy",
+    "open_samples": "sources",
+    "prefetched": "batching",
+}
+
+__all__ = [
+    "ActivationStore",
+    "BadSample",
+    "CaptureConfig",
+    "DataConfig",
+    "EncodedBatch",
+    "ImageRef",
+    "ImportActivationsConfig",
+    "Sample",
+    "SampleSource",
+    "ShapesDataset",
+    "Turn",
+    "batches",
+    "encode",
+    "import_activations",
+    "open_samples",
+    "prefetched",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
