@@ -1,0 +1,195 @@
+"""Loading a model with its processor, and running it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify_vlm.errors import UserError
+from sparsify_vlm.models.hub_errors import WAY_OUT, explained
+from sparsify_vlm.models.processors import load_processor
+from sparsify_vlm.models.resolve import is_multimodal, resolve_stack
+from sparsify_vlm.models.stack import Stack
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+ALIASES = {
+    "llava": "llava-hf/llava-1.5-7b-hf",
+    "tiny-llava": str(CHECKPOINTS / "tiny-llava"),
+    "tiny-llama": str(CHECKPOINTS / "tiny-llama"),
+}
+
+
+@dataclass
+class LoadedModel:
+    """A model with everything needed to run it and to read its MLPs."""
+
+    model: Any
+    """The Hugging Face model, in eval mode, without gradients."""
+    processor: Any
+    """The processor of a vision-language model, the tokenizer of a text model."""
+    stack: Stack
+    name: str
+    """As the user gave it."""
+    revision: str | None = None
+    """Commit on the Hub, where known."""
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
+    def is_vlm(self) -> bool:
+        """Whether the model takes images."""
+        return is_multimodal(self.config)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def image_processor(self) -> Any | None:
+        """The image processor; None for text models."""
+        return getattr(self.processor, "image_processor", None)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the inputs go: the device of the input embeddings."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's floating-point dtype."""
+        return self.model.dtype
+
+    @cached_property
+    def _keeps_logits(self) -> bool:
+        return "logits_to_keep" in signature(self.model.forward).parameters
+
+    def to_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The processor's batch on the model's device, pixels in its dtype."""
+        moved = {}
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                dtype = self.dtype if value.is_floating_point() else None
+                value = value.to(self.device, dtype)
+            moved[name] = value
+        return moved
+
+    def forward(self, inputs: Mapping[str, Any], logits: bool = False) -> Any:
+        """Run the model on a processor's whole batch, without gradients and without cache.
+
+        The output's `logits` are [B, S, V] if `logits`, else only those of the last position where
+        the model can save the rest. Raises `UserError` when image tokens are missing.
+        """
+        self.stack.layout.check(inputs)
+        extra = {} if logits or not self._keeps_logits else {"logits_to_keep": 1}
+        with torch.no_grad():
+            return self.model(**self.to_device(inputs), use_cache=False, **extra)
+
+
+def load_model(
+    name_or_path: str,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    token: str | bool | None = None,
+    load_in_8bit: bool = False,
+) -> LoadedModel:
+    """Load a model from the Hub, a local folder or an alias, with its processor and `Stack`.
+
+    - `name_or_path`: Hub id, folder, or one of `llava`, `tiny-llava`, `tiny-llama`.
+    - `device`: default CUDA if there, else CPU; `"auto"` spreads the model over all devices.
+    - `dtype`: default float32 on the CPU, bfloat16 on CUDA; `"auto"` takes the checkpoint's.
+    - `revision`, `trust_remote_code`, `token`: as in transformers; remote code is off unless asked.
+    - `load_in_8bit`: quantise the weights with bitsandbytes.
+
+    Raises `UserError`, one line, when the model cannot be had or cannot be used.
+    """
+    source = {
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "token": token,
+    }
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    path = ALIASES.get(name_or_path, name_or_path)
+    with explained(name_or_path):
+        config = _config(path, source)
+        model = _model(path, config, str(device), _dtype(dtype, str(device)), load_in_8bit, source)
+        processor = load_processor(path, config, source)
+    model.requires_grad_(False).eval()
+    stack = resolve_stack(model, processor)
+    commit = getattr(config, "_commit_hash", None) or revision
+    return LoadedModel(model, processor, stack, name_or_path, commit)
+
+
+def _dtype(dtype: str | torch.dtype | None, device: str) -> str | torch.dtype:
+    """The dtype to load in: a torch.dtype or "auto"."""
+    if dtype is None:
+        return torch.float32 if device.startswith("cpu") else torch.bfloat16
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    found = getattr(torch, short.get(dtype, dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"dtype '{dtype}' is none of float32, bfloat16, float16, auto")
+    return found
+
+
+def _config(path: str, source: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise UserError(f"folder '{path}' holds no model: it has no config.json ({WAY_OUT})")
+    return AutoConfig.from_pretrained(path, **source)
+
+
+def _auto_class(config: Any) -> Any:
+    """The auto class that loads the model with its language-modelling head."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    own_code = getattr(config, "auto_map", None) or {}
+    for auto, known in (
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    ):
+        if type(config) in known or auto.__name__ in own_code:
+            return auto
+    raise UserError(
+        f"a {config.model_type} model generates no text, so it has no decoder MLPs to train on "
+        f"({WAY_OUT})"
+    )
+
+
+def _model(
+    path: str,
+    config: Any,
+    device: str,
+    dtype: str | torch.dtype,
+    load_in_8bit: bool,
+    source: Mapping[str, Any],
+) -> Any:
+    options: dict[str, Any] = {"dtype": dtype, **source}
+    if load_in_8bit:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if load_in_8bit or device == "auto":
+        options["device_map"] = "auto" if device == "auto" else {"": device}
+    model = _auto_class(config).from_pretrained(path, config=config, **options)
+    return model if "device_map" in options else model.to(device)

@@ -1,0 +1,63 @@
+"""Loading a model's processor, with or without torchvision.
+
+transformers' processors for Qwen-VL, LLaVA-OneVision, InternVL and SmolVLM include a video
+processor, and Pixtral's an import, that need torchvision. Images need neither: without torchvision
+they are processed with Pillow, and a processor is built that takes images and text only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsify_vlm.errors import UserError
+
+
+def load_processor(path: str, config: Any, source: Mapping[str, Any]) -> Any:
+    """The processor of a vision-language model, the tokenizer of a text model.
+
+    `source` holds revision, token and trust_remote_code. Raises what transformers raises.
+    """
+    from transformers import AutoProcessor, AutoTokenizer
+    from transformers.utils import is_torchvision_available
+
+    if getattr(config, "vision_config", None) is None:
+        return AutoTokenizer.from_pretrained(path, **source)
+    if is_torchvision_available():
+        return AutoProcessor.from_pretrained(path, **source)
+    kind = _image_only(_processor_class(config))
+    if kind is None:
+        return AutoProcessor.from_pretrained(path, backend="pil", **source)
+    return kind.from_pretrained(path, backend="pil", **source)
+
+
+def _processor_class(config: Any) -> str:
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    return PROCESSOR_MAPPING_NAMES.get(config.model_type, "")
+
+
+def _image_only(name: str) -> Any | None:
+    """The processor class `name` without its video processor; None where it has none."""
+    import transformers
+    from transformers.utils import is_num2words_available
+
+    if name == "PixtralProcessor":
+        from sparsify_vlm.models.pixtral import PixtralProcessor
+
+        return PixtralProcessor
+    if name == "SmolVLMProcessor" and not is_num2words_available():
+        raise UserError("SmolVLM's processor needs the package num2words: pip install num2words")
+    whole = getattr(transformers, name, None)
+    if whole is None or "video_processor" not in whole.get_attributes():
+        return None
+    parts = [part for part in whole.get_attributes() if part != "video_processor"]
+
+    def attributes(cls: type) -> list[str]:
+        return parts
+
+    def init(self: Any, image_processor: Any, tokenizer: Any, *_: Any, **kwargs: Any) -> None:
+        kwargs.pop("video_processor", None)
+        whole.__init__(self, image_processor, tokenizer, None, **kwargs)
+
+    return type(name, (whole,), {"get_attributes": classmethod(attributes), "__init__": init})
