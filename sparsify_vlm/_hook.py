@@ -47,6 +47,6 @@ def install() -> None:
     try:
         if os.environ.get("SPARSIFY_VLM_HOOK") == "0" or SparsifyMainFinder in sys.meta_path:
             return
-        sys.meta_path.insert(0, SparsifyMainFinder)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, SparsifyMainFinder)
     except Exception:  # noqa: BLE001 - see the module's docstring
         return

@@ -147,7 +147,7 @@ def _build(
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     for name, config in configs.items():
-        parser.add_arguments(config, name)  # type: ignore[arg-type]
+        parser.add_arguments(config, name)
     return parser
 
 

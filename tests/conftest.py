@@ -1,0 +1,30 @@
+"""What every test starts from: no network, one thread, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+
+import numpy as np
+import pytest
+
+# Before anything imports torch or transformers: both read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Fixed seeds; torch's only where a test has imported it, so that others stay quick."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.manual_seed(0)
