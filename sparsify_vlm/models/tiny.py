@@ -156,11 +156,8 @@ def llava_config() -> LlavaConfig:
     return LlavaConfig(
         vision_config=vision_config(),
         text_config=text_config(),
-        image_token_id=words.index(IMAGE),
+        image_token_index=words.index(IMAGE),
         vision_feature_select_strategy="default",
         vision_feature_layer=-1,
         image_seq_length=(IMAGE_SIZE // PATCH) ** 2,
-        pad_token_id=words.index(PAD),
-        bos_token_id=words.index(BOS),
-        eos_token_id=words.index(EOS),
     )
