@@ -36,11 +36,56 @@ class Command:
     """How to go on after Ctrl-C."""
 
 
+@dataclass
+class ModelConfig:
+    """The model, and how it is loaded."""
+
+    model: str
+    """Hub id or folder of a model, or llava, tiny-llava, tiny-llama (the latter two ship with the
+    package)."""
+
+    device: str | None = None
+    """Where the model runs: cpu, cuda, cuda:1, or auto to spread it over all. Default: cuda if
+    there, else cpu."""
+
+    dtype: str | None = None
+    """Type of the model's numbers: float32, bfloat16, float16, or auto for the checkpoint's own.
+    Default: float32 on a CPU, bfloat16 elsewhere."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the model on the Hub."""
+
+    hf_token: str | None = None
+    """Access token for gated or private models."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    load_in_8bit: bool = False
+    """Quantise the model's weights to 8 bits."""
+
+    def loading(self) -> dict[str, Any]:
+        """The arguments of `load_model` behind the name."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "revision": self.revision,
+            "token": self.hf_token,
+            "trust_remote_code": self.trust_remote_code,
+            "load_in_8bit": self.load_in_8bit,
+        }
+
+
 def _train() -> tuple[dict[str, type], Callable[..., object]]:
     from sparsify_vlm.data.config import DataConfig
-    from sparsify_vlm.training import RunConfig, TrainConfig, train
+    from sparsify_vlm.training.config import TrainConfig
 
-    return {"run": RunConfig, "cfg": TrainConfig, "data": DataConfig}, train
+    def run(model: ModelConfig, cfg: TrainConfig, data: DataConfig) -> object:
+        from sparsify_vlm.training import train
+
+        return train(cfg, data, model.model, **model.loading())
+
+    return {"model": ModelConfig, "cfg": TrainConfig, "data": DataConfig}, run
 
 
 def _capture() -> tuple[dict[str, type], Callable[..., object]]:

@@ -10,6 +10,7 @@ in one line what cannot be read.
 from __future__ import annotations
 
 import re
+from argparse import SUPPRESS, Action
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -49,10 +50,16 @@ class Flag:
 
 
 class _HelpFormatter(SimpleHelpFormatter):
-    """Groups headed by the config's name alone, not by its place in the namespace."""
+    """Groups headed by the config's subject, not by its place in the namespace."""
 
     def start_section(self, heading: str | None) -> None:
-        super().start_section((heading or "").split(" [", 1)[0])
+        super().start_section((heading or "").split(" [", 1)[0].removesuffix("Config"))
+
+    def _get_help_string(self, action: Action) -> str | None:
+        tells_something = action.default not in (None, "", []) and action.option_strings
+        text = super()._get_help_string(action) if tells_something else action.help
+        # argparse reads "%" as the start of a format; docstrings write train[:10%].
+        return None if text is None else re.sub(r"%(?!\()", "%%", text)
 
 
 class _Parser(ArgumentParser):
@@ -145,7 +152,9 @@ def _build(
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file of flags; flags typed here come before it"
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+    parser.add_argument(
+        "--debug", action="store_true", default=SUPPRESS, help="show tracebacks of errors"
+    )
     for name, config in configs.items():
         parser.add_arguments(config, name)
     return parser
