@@ -78,6 +78,8 @@ class LoadedModel:
         """The processor's batch on the model's device, pixels in its dtype."""
         moved = {}
         for name, value in inputs.items():
+            if name == "labels":  # PaliGemma's processor adds them; the loss is not ours
+                continue
             if isinstance(value, Tensor):
                 dtype = self.dtype if value.is_floating_point() else None
                 value = value.to(self.device, dtype)

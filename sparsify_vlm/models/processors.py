@@ -51,13 +51,18 @@ def _image_only(name: str) -> Any | None:
     whole = getattr(transformers, name, None)
     if whole is None or "video_processor" not in whole.get_attributes():
         return None
-    parts = [part for part in whole.get_attributes() if part != "video_processor"]
+    parts = whole.get_attributes()
+    place = parts.index("video_processor")
+    del parts[place]
 
-    def attributes(cls: type) -> list[str]:
-        return parts
+    def get_attributes(cls: type) -> list[str]:
+        return list(parts)
 
-    def init(self: Any, image_processor: Any, tokenizer: Any, *_: Any, **kwargs: Any) -> None:
-        kwargs.pop("video_processor", None)
-        whole.__init__(self, image_processor, tokenizer, None, **kwargs)
+    def from_args_and_dict(cls: Any, args: Any, processor_dict: Any, **kwargs: Any) -> Any:
+        known = {k: v for k, v in processor_dict.items() if k != "video_processor"}
+        args = [*args[:place], None, *args[place:]]
+        return super(made, cls).from_args_and_dict(args, known, **kwargs)
 
-    return type(name, (whole,), {"get_attributes": classmethod(attributes), "__init__": init})
+    methods = {f.__name__: classmethod(f) for f in (get_attributes, from_args_and_dict)}
+    made: Any = type(name, (whole,), methods)
+    return made

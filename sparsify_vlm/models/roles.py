@@ -39,26 +39,28 @@ def image_token_id(config: Any) -> int | None:
     return None
 
 
-def special_ids(config: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids of BOS, EOS and delimiters (of turns, of images, of image rows), without image tokens.
+_DELIMITERS = ("boi_token_id", "eoi_token_id", "vision_start_token_id", "vision_end_token_id")
 
-    The unknown token stands for a word of the text and is special only where another special token
+
+def special_ids(config: Any, tokenizer: Any) -> frozenset[int]:
+    """Ids of BOS, EOS, PAD and delimiters (of turns, of images, of image rows), no image tokens.
+
+    They are what the tokenizer declares special; without a tokenizer, what the config names. The
+    unknown token stands for a word of the text, and is special only where another special token
     shares its id (GPT-2 has one id for all of them).
     """
-    ids = {
-        value
-        for part in (config, config.get_text_config(decoder=True))
-        for name, value in part.to_dict().items()
-        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
-    }
-    if tokenizer is not None:
-        named = tokenizer.special_tokens_map
-        unknown = tokenizer.unk_token_id
+    ids = {getattr(config, name, None) for name in _DELIMITERS}
+    if tokenizer is None:
+        text = config.get_text_config(decoder=True)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(text, name, None)
+            ids |= set(value) if isinstance(value, list) else {value}
+    else:
         ids |= set(tokenizer.all_special_ids)
         ids |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        if not any(v == named.get("unk_token") for k, v in named.items() if k != "unk_token"):
-            ids.discard(unknown)
-    return frozenset(ids - {image_token_id(config)})
+        if tokenizer.unk_token not in (tokenizer.bos_token, tokenizer.eos_token):
+            ids.discard(tokenizer.unk_token_id)
+    return frozenset(int(i) for i in ids if i is not None and i != image_token_id(config))
 
 
 def attended(inputs: Mapping[str, Any]) -> Tensor:
