@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify_vlm.aliases import EMBEDDED, HUB_ALIASES
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.models.hub_errors import WAY_OUT, explained
 from sparsify_vlm.models.processors import load_processor
@@ -19,11 +20,7 @@ from sparsify_vlm.models.resolve import is_multimodal, resolve_stack
 from sparsify_vlm.models.stack import Stack
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-ALIASES = {
-    "llava": "llava-hf/llava-1.5-7b-hf",
-    "tiny-llava": str(CHECKPOINTS / "tiny-llava"),
-    "tiny-llama": str(CHECKPOINTS / "tiny-llama"),
-}
+ALIASES = {**HUB_ALIASES, **{name: str(CHECKPOINTS / name) for name in EMBEDDED}}
 
 
 @dataclass
