@@ -31,7 +31,7 @@ class CltConfig:
     """Latents per coder. If 0, `d_model * expansion_factor`."""
 
     k: int = 32
-    """Active latents per token of one coder (`topk`; the other activations set it to `num_latents`)."""
+    """Active latents per token of one coder (`topk`; otherwise set to `num_latents`)."""
 
     n_targets: int = 1
     """The most layers one coder writes to. 1 with `target_offset` 0 is a per-layer transcoder."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sparsify_vlm.coders.clt import Clt
 from sparsify_vlm.coders.config import TRAINABLE_ACTIVATIONS
-from sparsify_vlm.coders.sparse_ops import Latents, Support, support_of
+from sparsify_vlm.coders.sparse_ops import Latents, Prepared, Support, support_of
 from sparsify_vlm.errors import UserError
 
 Layers = Sequence[Tensor] | Tensor
@@ -66,6 +66,7 @@ class _Source:
     x: Tensor
     latents: Latents
     support: Support
+    activations: Prepared
     grad: Tensor  # of the loss by latents.values
 
 
@@ -149,15 +150,22 @@ def _encode(clt: Clt, s: int, x_s: Tensor, k: int | None) -> _Source:
     x_s = x_s.to(clt.dtype)
     latents = clt.encode_layer(s, x_s, k)
     support = support_of(latents.indices, clt.W_enc[s])
-    return _Source(x_s, latents, support, torch.zeros_like(latents.values))
+    activations = support.prepare(latents.values)
+    return _Source(x_s, latents, support, activations, torch.zeros_like(latents.values))
+
+
+def _written(clt: Clt, s: int, k: int, source: _Source) -> Prepared:
+    """u_{s,k}. The post-encoder's are made anew where needed: keeping each would cost memory."""
+    if clt.post_enc is None and clt.post_scale is None:
+        return source.activations
+    return source.support.prepare(clt.written_values(s, k, source.latents))
 
 
 def _decode(clt: Clt, t: int, sources: list[_Source]) -> Tensor:
     out = clt.b_dec[t].expand(len(sources[0].x), -1).clone()
     for s, k in clt.cfg.sources(t):
         source = sources[s]
-        values = clt.written_values(s, k, source.latents)
-        out += source.support.decode(values, clt.W_dec[s][k])
+        out += source.support.decode(_written(clt, s, k, source), clt.W_dec[s][k])
         if clt.W_skip is not None:
             out.addmm_(source.x, clt.W_skip[s][k].T)
     return out
@@ -177,8 +185,7 @@ def _backward_target(clt: Clt, t: int, sources: list[_Source], G: Tensor) -> Non
     _add_grad(clt.b_dec[t], G.sum(0))
     for s, k in clt.cfg.sources(t):
         source = sources[s]
-        values = clt.written_values(s, k, source.latents)
-        _add_grad(clt.W_dec[s][k], source.support.outer(values, G))
+        _add_grad(clt.W_dec[s][k], source.support.outer(_written(clt, s, k, source), G))
         if clt.W_skip is not None:
             _add_grad(clt.W_skip[s][k], G.T @ source.x)
         _backward_values(clt, s, k, source, source.support.dots(G, clt.W_dec[s][k]))
@@ -186,22 +193,22 @@ def _backward_target(clt: Clt, t: int, sources: list[_Source], G: Tensor) -> Non
 
 def _backward_values(clt: Clt, s: int, k: int, source: _Source, grad: Tensor) -> None:
     """From the gradient of u_{s,k} [T, K] to those of the post-encoder and of the activations."""
-    latents = source.latents
+    latents, support = source.latents, source.support
     active = latents.values > 0
     grad = grad * active
     if clt.post_scale is not None:
         before = latents.values
         if clt.post_enc is not None:
             before = before + clt.post_enc[s][k][latents.indices] * active
-        _add_grad(clt.post_scale[s][k], source.support.totals(before * grad))
+        _add_grad(clt.post_scale[s][k], support.totals(support.prepare(before * grad)))
         grad = grad * clt.post_scale[s][k][latents.indices]
     if clt.post_enc is not None:
-        _add_grad(clt.post_enc[s][k], source.support.totals(grad))
+        _add_grad(clt.post_enc[s][k], support.totals(support.prepare(grad)))
     source.grad += grad
 
 
 def _backward_encoder(clt: Clt, s: int, source: _Source) -> None:
-    grad = source.grad  # already 0 where the latent is inactive
+    grad = source.support.prepare(source.grad)  # 0 where the latent is inactive
     x = source.x if clt.cfg.transcode else source.x - clt.b_dec[s]
     bias_grad = source.support.totals(grad)
     _add_grad(clt.W_enc[s], source.support.outer(grad, x))

@@ -99,6 +99,17 @@ def prefers_dense(k: int, W: Tensor) -> bool:
     return W.shape[0] < DENSE_BELOW.get(W.device.type, DENSE_BELOW["cpu"]) * k
 
 
+@dataclass
+class Prepared:
+    """Values of a support's active latents, arranged for repeated products."""
+
+    values: Tensor
+    """[T, K]."""
+
+    arranged: Tensor
+    """`SparseSupport`: [T·K] in the order of the latents; `DenseSupport`: the [T, F] matrix."""
+
+
 class SparseSupport:
     """The products above over active latents only. `indices` [T, K]."""
 
@@ -108,12 +119,15 @@ class SparseSupport:
         flat = indices.flatten()
         ordered, self._order = flat.sort(stable=True)
         self._token = self._order.div(k, rounding_mode="floor")
-        bounds = torch.arange(num_latents, device=flat.device)
-        self._start = torch.searchsorted(ordered, bounds)
+        latents = torch.arange(num_latents, device=flat.device)
+        self._start = torch.searchsorted(ordered, latents)
         self._crow = torch.arange(0, tokens * k + 1, k, device=flat.device)
 
-    def decode(self, values: Tensor, W: Tensor) -> Tensor:
-        return _gathered_sum(self.indices, values, W)
+    def prepare(self, values: Tensor) -> Prepared:
+        return Prepared(values, values.flatten()[self._order])
+
+    def decode(self, prepared: Prepared, W: Tensor) -> Tensor:
+        return _gathered_sum(self.indices, prepared.values, W)
 
     def dots(self, G: Tensor, W: Tensor) -> Tensor:
         pattern = torch.sparse_csr_tensor(
@@ -126,17 +140,14 @@ class SparseSupport:
         product = torch.sparse.sampled_addmm(pattern, G, W.T, beta=0.0)
         return product.values().view_as(self.indices)
 
-    def outer(self, values: Tensor, G: Tensor) -> Tensor:
+    def outer(self, prepared: Prepared, G: Tensor) -> Tensor:
         return functional.embedding_bag(
-            self._token,
-            G,
-            self._start,
-            per_sample_weights=values.flatten()[self._order],
-            mode="sum",
+            self._token, G, self._start, per_sample_weights=prepared.arranged, mode="sum"
         )
 
-    def totals(self, values: Tensor) -> Tensor:
-        return self.outer(values, values.new_ones(values.shape[0], 1)).squeeze(1)
+    def totals(self, prepared: Prepared) -> Tensor:
+        ones = prepared.values.new_ones(prepared.values.shape[0], 1)
+        return self.outer(prepared, ones).squeeze(1)
 
 
 class DenseSupport:
@@ -145,20 +156,20 @@ class DenseSupport:
     def __init__(self, indices: Tensor, num_latents: int) -> None:
         self.indices, self.num_latents = indices, num_latents
 
-    def _matrix(self, values: Tensor) -> Tensor:
-        return Latents(values, self.indices).dense(self.num_latents)
+    def prepare(self, values: Tensor) -> Prepared:
+        return Prepared(values, Latents(values, self.indices).dense(self.num_latents))
 
-    def decode(self, values: Tensor, W: Tensor) -> Tensor:
-        return self._matrix(values) @ W
+    def decode(self, prepared: Prepared, W: Tensor) -> Tensor:
+        return prepared.arranged @ W
 
     def dots(self, G: Tensor, W: Tensor) -> Tensor:
         return (G @ W.T).gather(1, self.indices)
 
-    def outer(self, values: Tensor, G: Tensor) -> Tensor:
-        return self._matrix(values).T @ G
+    def outer(self, prepared: Prepared, G: Tensor) -> Tensor:
+        return prepared.arranged.T @ G
 
-    def totals(self, values: Tensor) -> Tensor:
-        return self._matrix(values).sum(0)
+    def totals(self, prepared: Prepared) -> Tensor:
+        return prepared.arranged.sum(0)
 
 
 Support = SparseSupport | DenseSupport
