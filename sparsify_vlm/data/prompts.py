@@ -215,7 +215,7 @@ def encode_decoded(
         else _render(prompt, sample, generation=sample.kind == "chat" and sample.answer is None)
         for sample in samples
     ]
-    _refuse_image_tokens(prompt, samples, texts)
+    _refuse_image_tokens(loaded, prompt, samples, texts)
     inputs = _process(prompt, samples, texts, images)
     lengths = inputs["attention_mask"].sum(dim=1).tolist()
     limit = min(ctx_len, prompt.tokens.model_max_length)
@@ -226,15 +226,19 @@ def encode_decoded(
 
 
 def _refuse_image_tokens(
-    prompt: Prompter, samples: Sequence[Sample], texts: Sequence[str | None]
+    loaded: LoadedModel, prompt: Prompter, samples: Sequence[Sample], texts: Sequence[str | None]
 ) -> None:
     """A text that happens to contain the image token would be taken for an image."""
+    from sparsify_vlm.models.roles import image_token_id
+
     if prompt.image_token is None:
         return
-    image_id = prompt.tokens.convert_tokens_to_ids(prompt.image_token)
+    image_id = image_token_id(loaded.config)
     for sample, text in zip(samples, texts, strict=True):
-        found = (sample.input_ids or ()).count(image_id)
-        found += text.count(prompt.image_token) if text is not None else 0
+        if text is None:
+            found = sum(token == image_id for token in sample.input_ids or ())
+        else:
+            found = text.count(prompt.image_token)
         if found != len(sample.images):
             raise BadSample(
                 sample.id,
@@ -249,26 +253,27 @@ def _process(
     texts: Sequence[str | None],
     images: Sequence[list[Image]],
 ) -> dict[str, Tensor]:
-    """The processor's batch, right-padded; rows of ready tokens are put between its rows."""
-    rendered = [i for i, text in enumerate(texts) if text is not None]
+    """The batch, right-padded: rows with images by the processor, put between the others."""
+    shown = [i for i, found in enumerate(images) if found]
     inputs: dict[str, Tensor] = {}
-    if rendered:
-        shown = [list(images[i]) for i in rendered] if any(images) else None
-        inputs = _call(prompt, [texts[i] or "" for i in rendered], shown)
-    if len(rendered) == len(samples):
+    if shown:
+        inputs = _call(prompt, [texts[i] or "" for i in shown], [list(images[i]) for i in shown])
+    if len(shown) == len(samples):
         return inputs
-    return _with_ready_rows(prompt, samples, rendered, inputs)
+    plain = {
+        i: list(sample.input_ids) if text is None else _token_ids(prompt.tokens, text)
+        for i, (sample, text) in enumerate(zip(samples, texts, strict=True))
+        if i not in set(shown)
+    }
+    return _between(prompt, len(samples), shown, inputs, plain)
 
 
-def _call(
-    prompt: Prompter, texts: list[str], images: list[list[Image]] | None
-) -> dict[str, Tensor]:
+def _call(prompt: Prompter, texts: list[str], images: list[list[Image]]) -> dict[str, Tensor]:
     if prompt.tokens.pad_token is None:
         prompt.tokens.pad_token = prompt.tokens.eos_token
-    shown = {} if images is None else {"images": images}
     batch = prompt.processor(
         text=texts,
-        **shown,
+        images=images,
         padding=True,
         padding_side="right",
         return_tensors="pt",
@@ -277,29 +282,45 @@ def _call(
     return dict(batch)
 
 
-def _with_ready_rows(
-    prompt: Prompter, samples: Sequence[Sample], rendered: list[int], inputs: dict[str, Tensor]
+def _between(
+    prompt: Prompter,
+    n_rows: int,
+    shown: list[int],
+    inputs: dict[str, Tensor],
+    plain: dict[int, list[int]],
 ) -> dict[str, Tensor]:
-    ready = {i: s.input_ids for i, s in enumerate(samples) if s.input_ids is not None}
-    if not inputs:  # what the processor gives beside the ids, for a text without images
-        keys = {k: v.dtype for k, v in _call(prompt, ["a"], None).items()}
+    """The processor's rows `shown` and the rows of ids `plain` as one right-padded batch.
+
+    What else the processor gives for each token is 0 for text in every model that has it.
+    """
+    if inputs:
+        shape = inputs["input_ids"].shape
+        keys = {key: value.dtype for key, value in inputs.items() if value.shape == shape}
+        width = max(shape[1], *map(len, plain.values()))
     else:
-        keys = {k: v.dtype for k, v in inputs.items() if v.shape == inputs["input_ids"].shape}
-    width = max(map(len, ready.values()))
-    width = max(width, inputs["input_ids"].shape[1]) if inputs else width
-    fills = {"input_ids": prompt.tokens.pad_token_id or 0}
+        keys = dict.fromkeys(["input_ids", "attention_mask", *_type_keys(prompt)], torch.long)
+        width = max(map(len, plain.values()))
     merged = dict(inputs)
     for key, dtype in keys.items():
-        rows = torch.full((len(samples), width), fills.get(key, 0), dtype=dtype)
+        fill = (prompt.tokens.pad_token_id or 0) if key == "input_ids" else 0
+        rows = torch.full((n_rows, width), fill, dtype=dtype)
         if inputs:
-            rows[rendered, : inputs[key].shape[1]] = inputs[key]
-        for i, ids in ready.items():
+            rows[shown, : shape[1]] = inputs[key]
+        for i, ids in plain.items():
             if key == "input_ids":
                 rows[i, : len(ids)] = torch.tensor(ids, dtype=dtype)
             elif key == "attention_mask":
                 rows[i, : len(ids)] = 1
         merged[key] = rows
     return merged
+
+
+def _type_keys(prompt: Prompter) -> list[str]:
+    """What a VLM's processor tells about each token beside its id."""
+    if prompt.image_token is None:
+        return []
+    names = prompt.processor.model_input_names
+    return [name for name in ("token_type_ids", "mm_token_type_ids") if name in names]
 
 
 def _cut(

@@ -177,6 +177,10 @@ def _own(rows: Rows, cfg: DataConfig) -> Rows:
 def _local_file(path: Path, cfg: DataConfig, arguments: dict[str, Any]) -> Rows | Stream:
     if path.suffix in JSON_SUFFIXES:
         return _own(read_json(path), cfg)
+    if path.suffix == ".bin":
+        from sparsify_vlm.data.text import TokenFileRows
+
+        return _own(TokenFileRows(path, cfg.ctx_len), cfg)
     if path.suffix not in TABLES:
         known = ", ".join([*JSON_SUFFIXES, *TABLES, ".bin"])
         raise UserError(f"dataset {path}: unknown kind of file; known are {known}")

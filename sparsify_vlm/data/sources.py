@@ -11,7 +11,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -101,7 +101,7 @@ class RowSource(SampleSource):
         order = np.random.default_rng(cfg.shuffle_seed).permutation(n) if shuffled else None
         self._order = order
         size = min(n, cfg.max_examples or n)
-        super().__init__(rows.name, cfg, size, _fingerprint(cfg, rows.identity))
+        super().__init__(rows.name, cfg, size, fingerprint(cfg, rows.identity))
 
     def get(self, index: int) -> Sample:
         """Sample number `index`. Raises `BadSample`."""
@@ -118,7 +118,7 @@ class StreamSource(SampleSource):
 
     def __init__(self, stream: Stream, cfg: DataConfig, columns: Columns) -> None:
         self.stream, self.columns = stream, columns
-        super().__init__(stream.name, cfg, None, _fingerprint(cfg, stream.identity))
+        super().__init__(stream.name, cfg, None, fingerprint(cfg, stream.identity))
 
     def pending(self, start: int) -> Iterator[Pending]:
         rows = islice(enumerate(self.stream), start, self.cfg.max_examples)
@@ -130,7 +130,7 @@ def _sample(row: dict[str, Any], columns: Columns, rows: Rows | Stream, index: i
     return to_sample(row, columns, id, rows.root)
 
 
-def _fingerprint(cfg: DataConfig, identity: str) -> str:
+def fingerprint(cfg: DataConfig, identity: str) -> str:
     """Of the options that decide which samples come in which order, and of the data itself."""
     options = asdict(cfg)
     for name in ("streaming", "skip_bad", "data_preprocessing_num_proc", "dataset_mix"):
@@ -140,18 +140,44 @@ def _fingerprint(cfg: DataConfig, identity: str) -> str:
 
 
 def open_samples(cfg: DataConfig, loaded: LoadedModel) -> SampleSource:
-    """Open the dataset that `cfg` names for the model `loaded`.
+    """Open the dataset or the mix of datasets that `cfg` names, for the model `loaded`.
 
     Raises:
         UserError: the dataset cannot be had or read, has no such split or column, is empty, or
             shows images to a model that reads text only.
     """
+    if cfg.dataset_mix is None:
+        return open_dataset(cfg, loaded)
+    from sparsify_vlm.data.mix import open_mix
+
+    return open_mix(cfg, loaded)
+
+
+def open_dataset(cfg: DataConfig, loaded: LoadedModel, kind: str | None = None) -> SampleSource:
+    """Open one dataset; `kind` takes only its images, text or conversations. Raises `UserError`."""
     rows = open_rows(cfg, loaded)
-    columns = recognise(rows.columns, cfg, rows.name)
+    if not isinstance(rows, Stream) and len(rows) == 0:
+        raise UserError(f"{rows.name} (split {cfg.split}) has no rows")
+    columns = _only(kind, recognise(rows.columns, cfg, rows.name), rows.name)
     if columns.image and not loaded.is_vlm and columns.shape in ("caption", "image", "question"):
         raise UserError(f"{rows.name} has images, which {loaded.name} does not read")
+    if columns.shape == "text":
+        from sparsify_vlm.data.text import chunked
+
+        rows = chunked(rows, columns.text or "", loaded.tokenizer, cfg)
+        columns = Columns("tokens")
     if isinstance(rows, Stream):
         return StreamSource(rows, cfg, columns)
-    if len(rows) == 0:
-        raise UserError(f"{rows.name} (split {cfg.split}) has no rows")
     return RowSource(rows, cfg, columns)
+
+
+def _only(kind: str | None, columns: Columns, name: str) -> Columns:
+    """Read the rows of a dataset as `kind`. Raises `UserError` if they have nothing of the kind."""
+    if kind == "image" and columns.image:
+        return replace(columns, shape="image")
+    if kind == "text" and columns.shape != "tokens" and columns.text:
+        return replace(columns, shape="text", image=None)
+    fits = {"text": ("tokens",), "conversation": ("conversation", "question", "caption")}
+    if kind is not None and columns.shape not in fits.get(kind, ()):
+        raise UserError(f"{name}: a stream of kind {kind} needs such a column; it has none")
+    return columns
