@@ -2,6 +2,7 @@
 
     folder = build("qwen2_5_vl", tmp_path)        # as `save_pretrained` leaves it
     loaded = load("qwen2_5_vl", tmp_path)         # the same, through `load_model`
+    loaded = shared("qwen2_5_vl")                 # one for all tests: leave it as it is
     inputs = example(loaded)                      # two samples, images in VLMs, padded
 
 The weights are random but not small, so that every part of a model matters for its logits.
@@ -12,7 +13,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -382,6 +385,13 @@ def load(name: str, folder: Path, seed: int = 0, **options: Any) -> LoadedModel:
     """The family's model through `load_model`, on the CPU in float32."""
     path = build(name, folder, seed)
     return load_model(str(path), "cpu", **options)
+
+
+@cache
+def shared(name: str) -> LoadedModel:
+    """The family's model, loaded once for all tests of a run. Whoever changes it changes it back."""
+    with TemporaryDirectory() as folder:
+        return load(name, Path(folder))
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
