@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
+from sparsify_vlm.data.encoding import EncodedBatch, decode_images, encode_decoded
 from sparsify_vlm.data.images import BadSample
-from sparsify_vlm.data.prompts import EncodedBatch, decode_images, encode_decoded
 from sparsify_vlm.data.rows import Sample
 from sparsify_vlm.data.sources import SampleSource
 
@@ -87,7 +87,7 @@ def _encode_usable(
     return EncodedBatch({}, [])
 
 
-def prefetched(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+def prefetched(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
     """The same items, up to `depth` of them made ahead in a thread.
 
     An exception in `items` is raised here at its place. Closing this iterator ends the thread.

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from simple_parsing import field
+
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.training import upstream
 
@@ -40,6 +42,33 @@ class CoderConfig(upstream.SparseCoderConfig):
     def n_targets(self) -> int:
         """The number of targets asked of each coder, at least 1."""
         return max(self.cross_layer, 1)
+
+
+@dataclass
+class RunConfig:
+    """The model that is trained on, and how it is loaded."""
+
+    model: str | None = None
+    """Model: a Hub id, a local folder, or `llava`, `tiny-llava`, `tiny-llama`."""
+
+    revision: str | None = None
+    """Model revision to use for training."""
+
+    device: str | None = None
+    """Device, such as `cpu` or `cuda:1`. Default: a CUDA device if there is one."""
+
+    dtype: str | None = None
+    """The model's floating-point type. Default: bfloat16 on CUDA, float32 on the CPU."""
+
+    trust_remote_code: bool = False
+    """Allow the model's repository to bring code that is run on this machine."""
+
+    load_in_8bit: bool = False
+    """Load the model in 8-bit mode."""
+
+    # The token is left out of what simple-parsing writes to files.
+    hf_token: str | None = field(default=None, repr=False, encoding_fn=lambda _: None)
+    """Hugging Face API token for downloading models."""
 
 
 @dataclass

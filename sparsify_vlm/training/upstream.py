@@ -1,12 +1,15 @@
-"""sparsify's configuration classes, without the seconds that importing all of sparsify takes.
+"""The pieces of sparsify that are used here.
 
-`sparsify/__init__.py` imports torch, transformers and datasets. Its `config.py` needs none of them,
-so it is run on its own unless sparsify is already imported.
+`sparsify/__init__.py` imports torch, transformers and datasets, which takes seconds. Its
+`config.py` needs none of them, so it is run on its own unless sparsify is already imported.
 """
 
 from __future__ import annotations
 
+import io
 import sys
+from contextlib import redirect_stdout
+from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -36,10 +39,16 @@ def _config_module() -> ModuleType:
     return module
 
 
+def imported(name: str) -> ModuleType:
+    """The module `sparsify.<name>`, without what importing sparsify prints about Triton."""
+    with redirect_stdout(io.StringIO()):
+        return import_module(f"sparsify.{name}")
+
+
 if TYPE_CHECKING:
     from sparsify.config import SparseCoderConfig, TrainConfig
 else:
     SparseCoderConfig = _config_module().SparseCoderConfig
     TrainConfig = _config_module().TrainConfig
 
-__all__ = ["SparseCoderConfig", "TrainConfig"]
+__all__ = ["SparseCoderConfig", "TrainConfig", "imported"]

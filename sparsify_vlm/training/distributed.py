@@ -1,0 +1,124 @@
+"""The processes of a data-parallel run, and what they tell each other.
+
+Every process holds all coders and sees its own part of each batch. Sums over tokens (means,
+variances, gradients, counts) are added up over the processes, so that N processes do what one
+process with the N-fold batch does, up to the rounding of those sums. A single process is the case
+where nothing has to be sent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparsify_vlm.errors import UserError
+
+SETUP_TIMEOUT = timedelta(hours=6)
+"""How long processes wait for each other: one may have to download the model for all."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among those of the run."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device | None = None
+    """The CUDA device torchrun gave this process; None: none, or a single process."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Add each tensor up over all processes, in place."""
+        self._reduce(tensors, dist.ReduceOp.SUM)
+
+    def max_(self, tensors: Iterable[Tensor]) -> None:
+        """Take the maximum of each tensor over all processes, in place."""
+        self._reduce(tensors, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensors: Iterable[Tensor], operation: Any) -> None:
+        if self.size == 1:
+            return
+        with self._losing_others():
+            works = [dist.all_reduce(t, op=operation, async_op=True) for t in tensors]
+            for work in works:
+                work.wait()
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            with self._losing_others():
+                dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every process, in the order of the ranks."""
+        values = [value] * self.size
+        if self.size > 1:
+            with self._losing_others():
+                dist.all_gather_object(values, value)
+        return values
+
+    def first_then_others(self, make: Callable[[], Any]) -> Any:
+        """`make()` in the first process, then in the others: what it downloads is there then."""
+        if not self.is_first:
+            self.barrier()
+        made = make()
+        if self.is_first:
+            self.barrier()
+        return made
+
+    @contextmanager
+    def _losing_others(self) -> Iterator[None]:
+        """Turn torch's account of a broken connection into one line."""
+        try:
+            yield
+        except RuntimeError as error:  # DistBackendError and gloo's own errors
+            raise UserError(
+                f"process {self.rank} of {self.size} lost the others: one of them ended first and "
+                f"has said why ({str(error).strip().splitlines()[0]}). "
+                "--resume continues from the last checkpoint"
+            ) from error
+
+
+@contextmanager
+def joined_world() -> Iterator[World]:
+    """The `World` torchrun describes in the environment, joined for the duration.
+
+    Uses NCCL where every process has a CUDA device, gloo otherwise. Without torchrun, or within a
+    process group that is already there, nothing is set up or torn down.
+    """
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), _device())
+        return
+    if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World()
+        return
+    device = _device()
+    if device is not None:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "gloo" if device is None else "nccl", timeout=SETUP_TIMEOUT, device_id=device
+    )
+    yield World(dist.get_rank(), dist.get_world_size(), device)
+    # Not after an exception: the closing connection tells the others, an orderly end would wait.
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _device() -> torch.device | None:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not torch.cuda.is_available() or torch.cuda.device_count() < here:
+        return None
+    return torch.device("cuda", local_rank)

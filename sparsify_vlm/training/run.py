@@ -1,0 +1,198 @@
+"""`train`: one call from settings to a folder of trained coders."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsify_vlm.coders import Clt, CltConfig, load_clt
+from sparsify_vlm.data import ActivationStore, DataConfig
+from sparsify_vlm.errors import UserError
+from sparsify_vlm.models import LoadedModel, load_model
+from sparsify_vlm.training.checkpoint import RunFolder
+from sparsify_vlm.training.config import RunConfig, TrainConfig
+from sparsify_vlm.training.distributed import World, joined_world
+from sparsify_vlm.training.optimizers import warmup_steps
+from sparsify_vlm.training.sources import LiveSource, StoreSource, TokenSource
+from sparsify_vlm.training.trainer import Callback, Trainer
+
+# Settings that do not decide which weights come out; all others must be the same in a resumed run.
+_FREE = frozenset(
+    {
+        *("sae", "hookpoints", "layers", "layer_stride"),  # the coder's own settings say it
+        *("activations", "batch_size", "batch_tokens"),  # the source's identity says it
+        *("max_steps", "epochs"),  # the number of steps says it, where the learning rate decays
+        *("micro_acc_steps", "dead_feature_threshold"),
+        *("run_name", "save_dir", "save_every", "resume", "overwrite"),
+        *("log_every", "log_to_wandb", "log_to_tensorboard", "log_to_trackio"),
+        "wandb_log_frequency",
+    }
+)
+
+
+def train(
+    cfg: TrainConfig,
+    data: DataConfig | None = None,
+    run: RunConfig | None = None,
+    *,
+    loaded: LoadedModel | None = None,
+    quiet: bool = False,
+    on_step: Callback | None = None,
+) -> Path:
+    """Train coders as `cfg` says and return the run's folder, `{save_dir}/{run_name}`.
+
+    The tokens are those of the model `run.model` (or `loaded`, which is then used as it is) on the
+    dataset `data`, or of the activation store `cfg.activations`. Under torchrun all processes call
+    this together. `on_step` gets each line of metrics.jsonl, in the first process.
+
+    Raises `UserError` for everything a user can mend; nothing of another run is written over.
+    """
+    data, run = data or DataConfig(), run or RunConfig()
+    with joined_world() as world:
+        source, model = world.first_then_others(lambda: _source(cfg, data, run, loaded, world))
+        clt = _coders(cfg, source, model)
+        folder = RunFolder(Path(cfg.save_dir) / (cfg.run_name or "unnamed"))
+        trainer = Trainer(cfg, clt, source, folder, world, quiet=quiet, on_step=on_step)
+        trainer.settings = _settings(cfg, clt, source, trainer.total)
+        world.first_then_others(lambda: _prepare(cfg, folder, trainer, world))
+        if cfg.resume and trainer.load():
+            print(f"{folder.path} is finished: {trainer.step} steps. Nothing to do.")
+            return folder.path
+        if not quiet:
+            _announce(trainer, resumed=trainer.step > 0)
+        trainer.fit()
+        _list_skipped(source, world)
+    return folder.path
+
+
+def _source(
+    cfg: TrainConfig,
+    data: DataConfig,
+    run: RunConfig,
+    loaded: LoadedModel | None,
+    world: World,
+) -> tuple[TokenSource, dict[str, Any]]:
+    """The source, and the model's name and revision for the checkpoint."""
+    device = run.device or world.device
+    if cfg.activations is not None:
+        return _store_source(cfg, data, run, world, torch.device(device or _default_device()))
+    if loaded is None:
+        if run.model is None:
+            raise UserError("give a model to train on, for example tiny-llava or llava")
+        loaded = load_model(
+            run.model,
+            device,
+            run.dtype,
+            revision=run.revision,
+            trust_remote_code=run.trust_remote_code,
+            token=run.hf_token,
+            load_in_8bit=run.load_in_8bit,
+        )
+    source = LiveSource(cfg, data, loaded, world)
+    return source, {"model": loaded.name, "revision": loaded.revision}
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _store_source(
+    cfg: TrainConfig, data: DataConfig, run: RunConfig, world: World, device: torch.device
+) -> tuple[TokenSource, dict[str, Any]]:
+    if data.dataset is not None or data.dataset_mix is not None:
+        raise UserError("--activations is a dataset already captured: leave the dataset out")
+    store = ActivationStore(cfg.activations)
+    if run.model is not None:
+        store.check_model(run.model)
+    source = StoreSource(cfg, store, data.shuffle_seed, world, device)
+    return source, {"model": store.manifest["model"], "revision": store.manifest.get("revision")}
+
+
+def _coders(cfg: TrainConfig, source: TokenSource, model: dict[str, Any]) -> Clt:
+    """The coders to train, with zero weights or those of `--finetune`."""
+    config = CltConfig(
+        d_model=source.d_model,
+        hookpoints=source.hookpoints,
+        num_latents=cfg.sae.num_latents,
+        k=cfg.sae.k,
+        n_targets=_clamped_targets(cfg, len(source.hookpoints)),
+        target_offset=cfg.sae.target_offset,
+        activation=cfg.sae.activation,
+        transcode=cfg.sae.transcode,
+        skip_connection=cfg.sae.skip_connection,
+        train_post_encoder=cfg.sae.train_post_encoder,
+        post_encoder_scale=cfg.sae.post_encoder_scale,
+        normalize_decoder=cfg.sae.normalize_decoder,
+        expansion_factor=cfg.sae.expansion_factor,
+        input_site=cfg.sae.input_site if cfg.sae.transcode else "mlp_out",
+        **model,
+    )
+    clt = Clt(config, source.device, torch.float32)
+    if cfg.finetune is not None:
+        _copy_weights(clt, cfg.finetune)
+    return clt
+
+
+def _clamped_targets(cfg: TrainConfig, n_layers: int) -> int:
+    most = max(n_layers - cfg.sae.target_offset, 1)
+    if cfg.sae.n_targets > most:
+        print(
+            f"--cross_layer {cfg.sae.cross_layer} is more than the {most} layers the first coder "
+            f"can write to: taking {most}."
+        )
+    return min(cfg.sae.n_targets, most)
+
+
+def _copy_weights(clt: Clt, path: str) -> None:
+    found = load_clt(path, clt.device, clt.dtype).state_dict()
+    wanted = clt.state_dict()
+    for name, value in wanted.items():
+        if name not in found or found[name].shape != value.shape:
+            raise UserError(
+                f"--finetune {path}: its coders have another shape than asked for ('{name}'); give "
+                "the same hookpoints, latents and targets"
+            )
+    clt.load_state_dict({name: found[name] for name in wanted})
+
+
+def _settings(cfg: TrainConfig, clt: Clt, source: TokenSource, total: int | None) -> dict[str, Any]:
+    """What must be the same in a resumed run, by the names users know."""
+    coder = asdict(clt.cfg)
+    del coder["training"]
+    own = {name: value for name, value in asdict(cfg).items() if name not in _FREE}
+    decays = cfg.optimizer != "signum"
+    return {**own, "steps": total if decays else None, **coder, **source.identity}
+
+
+def _prepare(cfg: TrainConfig, folder: RunFolder, trainer: Trainer, world: World) -> None:
+    if world.is_first:
+        folder.prepare(trainer.settings, resume=cfg.resume, overwrite=cfg.overwrite)
+
+
+def _announce(trainer: Trainer, *, resumed: bool) -> None:
+    cfg, clt = trainer.cfg, trainer.clt.cfg
+    steps = "as many steps as the data gives" if trainer.total is None else f"{trainer.total} steps"
+    verb = f"Resuming at step {trainer.step} of" if resumed else "Training for"
+    parameters = sum(p.numel() for p in trainer.clt.parameters())
+    print(
+        f"{verb} {steps}: {len(clt.source_layers())} coders of {clt.num_latents} latents (k = "
+        f"{clt.k}), each writing to up to {clt.n_targets} layers, {parameters:,} parameters; "
+        f"{cfg.optimizer} at {trainer.optimizers.lr:.2e}. Checkpoints in {trainer.run.path}",
+        flush=True,
+    )
+    warmup = warmup_steps(cfg, trainer.total)
+    if cfg.optimizer != "signum" and warmup < cfg.lr_warmup_steps:
+        print(f"--lr_warmup_steps {cfg.lr_warmup_steps} is the whole run: taking {warmup}.")
+
+
+def _list_skipped(source: TokenSource, world: World) -> None:
+    """Tell which samples were left out, once all processes have reported theirs."""
+    skipped = sorted({line for lines in world.gather(source.skipped) for line in lines})
+    if skipped and world.is_first:
+        print(f"{len(skipped)} samples were skipped:", file=sys.stderr)
+        for line in skipped:
+            print(f"  {line}", file=sys.stderr)

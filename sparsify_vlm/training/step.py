@@ -1,0 +1,157 @@
+"""One optimizer step's tokens: their moments, the joint gradient, and the figures reported.
+
+A global batch b has n tokens in all processes together. Its loss is Σ_t sse_t / V_t, where
+
+    V_t = Σ‖y_t − ȳ_t‖²                                  over the n tokens
+    V_t of a role = Σ‖y_t − ȳ_t of the role‖²            over the role's tokens
+                  = Σ‖c‖² − ‖Σ c‖² / n of the role       with c = y_t − ȳ_t
+
+so that an FVU of 1 means, for each role, no better than that role's own mean. The step's loss is
+the mean of its `grad_acc_steps` batches' losses; micro-batches only split the sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify_vlm.coders import Clt, forward_backward
+from sparsify_vlm.errors import UserError
+from sparsify_vlm.models import Role
+from sparsify_vlm.training.distributed import World
+from sparsify_vlm.training.sources import TokenBatch
+
+GROUPS = ("all", "image", "text")
+"""The tokens a figure is given for."""
+
+
+@dataclass
+class Moments:
+    """Of one global batch, over all processes; float64."""
+
+    tokens: int
+    mean_x: Tensor
+    """[L, d]."""
+    mean_y: Tensor
+    """[L, d]."""
+    variance: Tensor
+    """V_t of each of `GROUPS`, [3, L]; 0 where a group has no tokens."""
+
+
+@dataclass
+class StepFigures:
+    """Of one optimizer step, over all processes. NaN where there are no tokens or no target."""
+
+    tokens: int
+    loss: float
+    fvu: Tensor
+    """[3, L] by `GROUPS` and layer."""
+    l0: float
+    """Mean number of active latents per token, over the layers with a coder."""
+    fired: Tensor
+    """bool [coders, F]: which latents were active at any token."""
+
+
+def membership(role: Tensor, dtype: torch.dtype) -> Tensor:
+    """[3, T]: 1 where a token belongs to a group of `GROUPS`."""
+    every = torch.ones_like(role, dtype=torch.bool)
+    return torch.stack([every, role == Role.IMAGE, role == Role.TEXT]).to(dtype)
+
+
+def moments(batch: TokenBatch, dtype: torch.dtype, world: World) -> Moments:
+    """Means and variances of a global batch. Differences are taken in `dtype`."""
+    n_layers, _, d = batch.x.shape
+    sums = torch.zeros(2, n_layers, d, dtype=torch.float64, device=batch.x.device)
+    for layer in range(n_layers):
+        sums[0, layer] = batch.x[layer].sum(0, dtype=torch.float64)
+        sums[1, layer] = batch.y[layer].sum(0, dtype=torch.float64)
+    member = membership(batch.role, dtype)
+    counts = member.sum(1, dtype=torch.float64)
+    world.sum_([sums, counts])
+    mean_x, mean_y = sums / counts[0].clamp(min=1)
+    squares = torch.zeros(3, n_layers, dtype=torch.float64, device=sums.device)
+    centred_sums = torch.zeros(3, n_layers, d, dtype=torch.float64, device=sums.device)
+    for layer in range(n_layers):
+        centred = batch.y[layer].to(dtype) - mean_y[layer].to(dtype)
+        squares[:, layer] = member.double() @ centred.square().sum(1, dtype=torch.float64)
+        centred_sums[:, layer] = (member @ centred).double()
+    world.sum_([squares, centred_sums])
+    variance = squares - centred_sums.square().sum(2) / counts.clamp(min=1)[:, None]
+    return Moments(int(counts[0]), mean_x, mean_y, variance.clamp(min=0))
+
+
+def check_finite(found: Moments, hookpoints: list[str], batch: int, last: str) -> None:
+    """Raise `UserError` naming hookpoint and batch if an activation was NaN or infinite."""
+    for what, mean in (("input", found.mean_x), ("output", found.mean_y)):
+        bad = (~mean.isfinite()).any(1).nonzero()
+        if len(bad):
+            raise UserError(
+                f"the {what} of {hookpoints[int(bad[0])]} has NaN or infinite values in batch "
+                f"{batch}: the model overflows in its dtype or the batch is broken. {last}"
+            )
+
+
+class JointStep:
+    """Collects the gradient and the figures of one optimizer step."""
+
+    def __init__(self, clt: Clt, world: World, grad_acc_steps: int, micro_acc_steps: int) -> None:
+        self.clt, self.world = clt, world
+        self.grad_acc_steps, self.micro_acc_steps = grad_acc_steps, micro_acc_steps
+        coders, layers = len(clt.cfg.source_layers()), clt.cfg.n_layers
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": clt.device}
+        self.tokens = 0
+        self._loss = torch.zeros(1, **wide)
+        self._sse, self._variance = torch.zeros(3, layers, **wide), torch.zeros(3, layers, **wide)
+        self._active = torch.zeros(1, **wide)
+        self._fired = torch.zeros(coders, clt.cfg.num_latents, dtype=torch.uint8, device=clt.device)
+
+    def add(self, batch: TokenBatch, found: Moments, k: int) -> None:
+        """Add one batch's gradient, with `k` active latents per token."""
+        if found.tokens == 0:  # every sample of it was skipped
+            return
+        self.tokens += found.tokens
+        self._variance += found.variance
+        member = membership(batch.role, torch.float64)
+        tokens = batch.x.shape[1]
+        size = -(-tokens // self.micro_acc_steps) or 1
+        for first in range(0, tokens, size):
+            part = slice(first, first + size)
+            self._add_part(batch.x[:, part], batch.y[:, part], member[:, part], found, k)
+
+    def _add_part(self, x: Tensor, y: Tensor, member: Tensor, found: Moments, k: int) -> None:
+        stats = forward_backward(
+            self.clt, x, y, variance=found.variance[0], weight=1 / self.grad_acc_steps, k=k
+        )
+        self._loss += stats.loss / self.grad_acc_steps
+        self._sse += member @ stats.errors.double().T
+        self._active += stats.l0[: len(stats.fired)].mean() * x.shape[1]
+        for coder, hit in enumerate(stats.fired):
+            self._fired[coder] |= hit
+
+    def finish(self) -> StepFigures:
+        """Add everything up over the processes; the gradients are then in the parameters."""
+        self.world.sum_(_gradients(self.clt))
+        self.world.sum_([self._loss, self._sse, self._active])
+        self.world.max_([self._fired])
+        fvu = torch.where(self._variance > 0, self._sse / self._variance, torch.nan)
+        return StepFigures(
+            tokens=self.tokens,
+            loss=float(self._loss),
+            fvu=fvu.cpu(),
+            l0=float(self._active) / max(self.tokens, 1),
+            fired=self._fired.bool(),
+        )
+
+
+def _gradients(clt: nn.Module) -> list[Tensor]:
+    """Gradients of all trained parameters; zeros for a process that had no tokens."""
+    gradients = []
+    for parameter in clt.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    return gradients

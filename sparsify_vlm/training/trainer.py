@@ -1,0 +1,335 @@
+"""The training loop: batches in, one joint step, figures and checkpoints out.
+
+1. Start: weights from the first batch's means (or `--finetune`), or everything from the last state.
+2. A step takes `grad_acc_steps` global batches, adds up the gradient of their joint losses over
+   micro-batches and processes, and updates all coders at once.
+3. Every `log_every` steps a line of metrics; every `save_every` steps, and at the end, a state to
+   resume from, and the coders published from it.
+
+Nothing but the step number decides which batches come next, which learning rate and which k are
+used, so a resumed run goes on as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify_vlm.coders import Clt, save_clt
+from sparsify_vlm.errors import UserError
+from sparsify_vlm.progress import Progress
+from sparsify_vlm.training.checkpoint import RunFolder, disk_full_explained
+from sparsify_vlm.training.config import TrainConfig
+from sparsify_vlm.training.distributed import World
+from sparsify_vlm.training.metrics import Line, Metrics, metrics_line
+from sparsify_vlm.training.optimizers import Optimizers
+from sparsify_vlm.training.sources import TokenBatch, TokenSource
+from sparsify_vlm.training.step import JointStep, Moments, StepFigures, check_finite, moments
+
+Callback = Callable[[Line], None]
+
+
+@dataclass
+class Clock:
+    """Time and tokens of the run, earlier parts of a resumed one included."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    _since: float = 0.0
+    _last: tuple[float, int] = (0.0, 0)
+
+    def start(self) -> None:
+        """Go on counting."""
+        self._since = time.monotonic() - self.seconds
+        self._last = (self.seconds, self.tokens)
+
+    def tick(self) -> float:
+        """Update `seconds`; tokens per second since the last tick."""
+        self.seconds = time.monotonic() - self._since
+        seconds, tokens = self.seconds - self._last[0], self.tokens - self._last[1]
+        self._last = (self.seconds, self.tokens)
+        return tokens / max(seconds, 1e-9)
+
+
+def planned_steps(cfg: TrainConfig, n_batches: int | None) -> int | None:
+    """Optimizer steps of the whole run: `--max_steps`, or what `--epochs` passes give.
+
+    None if the length of the data is not known. Raises `UserError` for less than one step.
+    """
+    if cfg.max_steps is not None:
+        return cfg.max_steps
+    if n_batches is None:
+        if cfg.epochs > 1:
+            raise UserError("--epochs needs a dataset whose length is known; give --max_steps")
+        return None
+    steps = cfg.epochs * n_batches // cfg.grad_acc_steps
+    if steps == 0:
+        raise UserError(
+            f"--grad_acc_steps {cfg.grad_acc_steps} is more than the {n_batches} batches there are"
+        )
+    return steps
+
+
+class Trainer:
+    """Trains `clt` on `source`; `run` must be prepared. Call `fit` once."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        clt: Clt,
+        source: TokenSource,
+        run: RunFolder,
+        world: World,
+        *,
+        settings: dict[str, Any] | None = None,
+        quiet: bool = False,
+        on_step: Callback | None = None,
+    ) -> None:
+        self.cfg, self.clt, self.source, self.run, self.world = cfg, clt, source, run, world
+        self.settings = settings or {}
+        self.quiet, self.on_step = quiet or not world.is_first, on_step
+        self.total = planned_steps(cfg, source.n_batches)
+        trained = [p for p in clt.parameters() if p.requires_grad]
+        self.optimizers = Optimizers(trained, cfg, clt.cfg.num_latents, self.total)
+        self.step = 0
+        self.clock = Clock()
+        self._without_weights = cfg.finetune is None
+        self.since_fired = torch.zeros(
+            len(clt.cfg.source_layers()), clt.cfg.num_latents, dtype=torch.int64, device=clt.device
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether all planned steps are done."""
+        return self.total is not None and self.step >= self.total
+
+    # ---- the loop
+
+    def fit(self) -> None:
+        """Train from the current step to the end. Saves at the end whatever it was."""
+        self.clock.start()
+        metrics = None
+        if self.world.is_first:
+            self.run.cut_metrics(self.step)
+            metrics = Metrics(self.cfg, self.run, self.settings, self.source.hookpoints)
+        progress = Progress(
+            "Training", self.total, unit="steps", initial=self.step, quiet=self.quiet
+        )
+        try:
+            with progress:
+                self._loop(metrics, progress)
+            self.save(metrics, ended=True)
+        finally:
+            if metrics is not None:
+                metrics.close()
+
+    def _loop(self, metrics: Metrics | None, progress: Progress) -> None:
+        batches = self._numbered_batches()
+        while not self.finished:
+            of_step = list(islice(batches, self.cfg.grad_acc_steps))
+            if len(of_step) < self.cfg.grad_acc_steps:
+                return self._say_ended()
+            figures, lr, k = self._train_step(of_step)
+            if self.step % self.cfg.log_every == 0 or self.finished:
+                self._report(figures, lr, k, metrics, progress)
+            progress.update()
+            if self.step % self.cfg.save_every == 0 and not self.finished:
+                self.save(metrics)
+
+    def _numbered_batches(self) -> Iterator[tuple[int, TokenBatch]]:
+        """Batches with their numbers from this step's first on, pass after pass."""
+        number = self.step * self.cfg.grad_acc_steps
+        epoch, start = (
+            divmod(number, self.source.n_batches) if self.source.n_batches else (0, number)
+        )
+        while True:
+            for batch in self.source.batches(epoch, start):
+                yield number, batch
+                number += 1
+            if self.source.n_batches is None:
+                return
+            epoch, start = epoch + 1, 0
+
+    def _say_ended(self) -> None:
+        if self.total is not None:
+            print(f"The data ended after {self.step} of {self.total} steps.")
+
+    def _train_step(self, batches: list[tuple[int, TokenBatch]]) -> tuple[StepFigures, float, int]:
+        step = JointStep(self.clt, self.world, self.cfg.grad_acc_steps, self.cfg.micro_acc_steps)
+        k = self.active_latents()
+        for number, batch in batches:
+            found = moments(batch, self.clt.dtype, self.world)
+            check_finite(found, self.source.hookpoints, number, self._last_kept())
+            self._initialise(found)
+            if self._unit_norm_decoders:
+                self.clt.set_decoder_norm_to_unit_norm()
+            step.add(batch, found, k)
+        figures = step.finish()
+        if not math.isfinite(figures.loss):
+            raise UserError(
+                f"the loss is not finite at step {self.step + 1}: the coders have diverged, try a "
+                f"smaller --lr than {self.optimizers.lr:.2g}. {self._last_kept()}"
+            )
+        if self._unit_norm_decoders:
+            self.clt.remove_gradient_parallel_to_decoder_directions()
+        lr = self.optimizers.step(self.step)
+        self.step += 1
+        self.clock.tokens += figures.tokens
+        self.since_fired += figures.tokens
+        self.since_fired[figures.fired] = 0
+        return figures, lr, k
+
+    @property
+    def _unit_norm_decoders(self) -> bool:
+        return self.cfg.sae.normalize_decoder and not self.cfg.sae.transcode
+
+    def _last_kept(self) -> str:
+        last = self.run.last_step()
+        return "No checkpoint was saved yet." if last is None else f"Step {last} is kept."
+
+    def _initialise(self, found: Moments) -> None:
+        """Set the starting weights from the first batch that has tokens."""
+        if self._without_weights and found.tokens:
+            self.clt.initialise(found.mean_x, found.mean_y, self.cfg.seed)
+            self._without_weights = False
+
+    def active_latents(self) -> int:
+        """k of this step: with `k_decay_steps`, linear from 10 times the width down to `--k`."""
+        final, decay = self.clt.cfg.k, self.cfg.k_decay_steps
+        if self.step >= decay:
+            return final
+        initial = min(self.clt.cfg.num_latents, 10 * self.clt.cfg.d_model)
+        progress = self.step / decay
+        return round(initial * (1 - progress) + final * progress)
+
+    def dead_share(self) -> float:
+        """Share of latents that have not fired for more than `dead_feature_threshold` tokens."""
+        dead = self.since_fired > self.cfg.dead_feature_threshold
+        return float(dead.double().mean())
+
+    def _report(
+        self,
+        figures: StepFigures,
+        lr: float,
+        k: int,
+        metrics: Metrics | None,
+        progress: Progress,
+    ) -> None:
+        rate, dead = self.clock.tick(), self.dead_share()
+        if metrics is None or figures.tokens == 0:
+            return
+        line = metrics_line(
+            figures,
+            step=self.step,
+            tokens=self.clock.tokens,
+            seconds=self.clock.seconds,
+            tokens_per_s=rate,
+            lr=lr,
+            k=k,
+            dead=dead,
+        )
+        metrics.write(line)
+        progress.note(**_shown(line))
+        if self.on_step is not None:
+            self.on_step(line)
+
+    # ---- states
+
+    def save(self, metrics: Metrics | None = None, *, ended: bool = False) -> None:
+        """Write the state of this step and publish the coders; all processes must call it.
+
+        Raises `UserError` when the disk is full; the state before is then still there.
+        """
+        if self.world.is_first:
+            with disk_full_explained(self.run):
+                if metrics is not None:
+                    metrics.sync()
+                plain, tensors = self._state(ended)
+                self.run.save_state(self.step, plain, tensors)
+                self.publish()
+        self.world.barrier()
+
+    def publish(self) -> None:
+        """Write the coder folders and clt.json."""
+        self.clt.cfg.training = {
+            "step": self.step,
+            "tokens": self.clock.tokens,
+            "optimizer": self.cfg.optimizer,
+            "lr": self.optimizers.lr,
+            "seed": self.cfg.seed,
+            "filter_bos": self.cfg.filter_bos,
+            "remove_first_token": self.cfg.remove_first_token,
+            "exclude_tokens": self.cfg.exclude_tokens,
+        }
+        with self.optimizers.published():
+            save_clt(self.clt, self.run.path)
+
+    def _state(self, ended: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        of_optimizers, plain = self.optimizers.state()
+        tensors = {f"weights.{name}": p.detach() for name, p in self.clt.named_parameters()}
+        tensors |= {f"optimizers.{name}": value for name, value in of_optimizers.items()}
+        tensors["since_fired"] = self.since_fired
+        tensors["rng"] = torch.get_rng_state()
+        self.clock.tick()
+        return {
+            "tokens": self.clock.tokens,
+            "seconds": self.clock.seconds,
+            "ended": ended,
+            "optimizers": plain,
+        }, tensors
+
+    def load(self) -> bool:
+        """Go on from the run's last state; whether that was the run's end. Publishes it again.
+
+        Raises `UserError` for a state that cannot be read or has other tensors.
+        """
+        loaded = self.run.load_state()
+        if loaded is None:
+            return False
+        plain, tensors = loaded
+        with torch.no_grad():
+            for name, parameter in self.clt.named_parameters():
+                _restore(parameter, tensors, f"weights.{name}", self.run)
+            _restore(self.since_fired, tensors, "since_fired", self.run)
+        torch.set_rng_state(tensors["rng"])
+        prefix = "optimizers."
+        self.optimizers.load_state(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
+            plain["optimizers"],
+        )
+        self.step, self._without_weights = int(plain["step"]), False
+        self.clock = Clock(plain["seconds"], plain["tokens"])
+        if self.world.is_first:
+            with disk_full_explained(self.run):
+                self.publish()
+        return self.finished or (plain["ended"] and self.total is None)
+
+
+def _restore(
+    into: Tensor | nn.Parameter, tensors: dict[str, Tensor], key: str, run: RunFolder
+) -> None:
+    found = tensors.get(key)
+    if found is None or found.shape != into.shape:
+        raise UserError(
+            f"{run.path}/resume: tensor '{key}' is missing or has another shape; the run cannot be "
+            "resumed"
+        )
+    into.copy_(found)
+
+
+def _shown(line: Line) -> dict[str, object]:
+    """The figures of the progress line."""
+    shown: dict[str, object] = {"FVU": line["fvu"]["all"]}
+    shown |= {g: line["fvu"][g] for g in ("image", "text") if line["fvu"][g] is not None}
+    return shown | {
+        "L0": line["l0"],
+        "dead": f"{100 * line['dead']:.1f}%",
+        "tokens/s": f"{line['tokens_per_s']:.0f}",
+    }
