@@ -34,6 +34,9 @@ Callback = Callable[[int, "Tensor", "Tensor"], None]
 Replacement = Callable[[int, "Tensor"], "Tensor | None"]
 """`fn(layer, x) -> y_hat`, both [B, S, d]; None keeps the layer's own MLP for this call."""
 
+Kept = Callable[[], "Tensor | None"]
+"""Asked in every forward: bool [B, S], where the MLP's own write stays; None for nowhere."""
+
 
 @dataclass
 class Block:
@@ -136,17 +139,19 @@ class Stack:
         fn: Replacement,
         input_site: InputSite = "mlp_in",
         layers: Iterable[int] | None = None,
+        kept: Kept = lambda: None,
     ) -> Iterator[None]:
         """Context in which each MLP writes `fn(layer, x)` to the residual stream.
 
         x and the result are [B, S, d] (S is 1 in the steps of `generate`); the result takes the
         dtype of x. Neither the MLP nor its post-norm nor its scale is computed, except where `fn`
-        returns None, and for `mlp_out`, where x is what the MLP writes.
+        returns None, on the positions that `kept` names, and for `mlp_out`, where x is what the
+        MLP writes.
         """
         _check_site(input_site)
         with ExitStack() as stack:
             for layer in self._chosen(layers):
-                swap = _Swap(self._blocks[layer], layer, fn, input_site)
+                swap = _Swap(self._blocks[layer], layer, fn, input_site, kept)
                 stack.callback(swap.undo)
             yield
 
@@ -189,11 +194,14 @@ class _Swap:
     `forward` is set on the instance, so that hooks (of `reading`, of accelerate) still run.
     """
 
-    def __init__(self, block: Block, layer: int, fn: Replacement, site: InputSite) -> None:
-        self.block, self.layer, self.fn = block, layer, fn
+    def __init__(
+        self, block: Block, layer: int, fn: Replacement, site: InputSite, kept: Kept
+    ) -> None:
+        self.block, self.layer, self.fn, self.kept = block, layer, fn, kept
         self.replaced = False
         self.stream: Tensor | None = None
         self._undo: list[Callable[[], None]] = []
+        self._post: list[Callable[..., Tensor]] = [module.forward for module in block.post]
         if site == "mlp_out":
             self._set(block.last, self._rewrite)
             return
@@ -234,7 +242,29 @@ class _Swap:
         self.replaced = y_hat is not None
         if y_hat is None:
             return own(*args, **kwargs)
-        return self._unscaled(y_hat.to(x.dtype))
+        y_hat = self._unscaled(y_hat.to(x.dtype))
+        kept = self.kept()
+        if kept is None:
+            return y_hat
+        kept = kept.to(x.device)
+        return y_hat.index_put((kept,), self._own_rows(own, x[kept], args, kwargs))
+
+    def _own_rows(
+        self,
+        own: Callable[..., Tensor],
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Tensor:
+        """What the block itself writes for the MLP inputs x [N, d], before its scale."""
+        rows = x.unsqueeze(0)
+        if args:
+            written = own(rows, *args[1:], **kwargs)
+        else:
+            written = own(**{**kwargs, next(iter(kwargs)): rows})
+        for module in self._post:
+            written = module(written)
+        return written[0]
 
     def _pass(self, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         return _first(args, kwargs) if self.replaced else own(*args, **kwargs)
@@ -242,7 +272,11 @@ class _Swap:
     def _rewrite(self, own: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         written = own(*args, **kwargs)
         y_hat = self.fn(self.layer, written * self.block.scale)
-        return written if y_hat is None else self._unscaled(y_hat.to(written.dtype))
+        if y_hat is None:
+            return written
+        y_hat = self._unscaled(y_hat.to(written.dtype))
+        kept = self.kept()
+        return y_hat if kept is None else y_hat.index_put((kept,), written[kept])
 
     def _unscaled(self, y_hat: Tensor) -> Tensor:
         return y_hat if self.block.scale == 1.0 else y_hat / self.block.scale
