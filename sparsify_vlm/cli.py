@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -34,58 +34,15 @@ class Command:
     """Imports the room; returns its configs and the function called with their instances."""
     after_interrupt: str = ""
     """How to go on after Ctrl-C."""
-
-
-@dataclass
-class ModelConfig:
-    """The model, and how it is loaded."""
-
-    model: str
-    """Hub id or folder of a model, or llava, tiny-llava, tiny-llama (the latter two ship with the
-    package)."""
-
-    device: str | None = None
-    """Where the model runs: cpu, cuda, cuda:1, or auto to spread it over all. Default: cuda if
-    there, else cpu."""
-
-    dtype: str | None = None
-    """Type of the model's numbers: float32, bfloat16, float16, or auto for the checkpoint's own.
-    Default: float32 on a CPU, bfloat16 elsewhere."""
-
-    revision: str | None = None
-    """Branch, tag or commit of the model on the Hub."""
-
-    hf_token: str | None = None
-    """Access token for gated or private models."""
-
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-
-    load_in_8bit: bool = False
-    """Quantise the model's weights to 8 bits."""
-
-    def loading(self) -> dict[str, Any]:
-        """The arguments of `load_model` behind the name."""
-        return {
-            "device": self.device,
-            "dtype": self.dtype,
-            "revision": self.revision,
-            "token": self.hf_token,
-            "trust_remote_code": self.trust_remote_code,
-            "load_in_8bit": self.load_in_8bit,
-        }
+    substitutes: Mapping[str, str] = field(default_factory=dict)
+    """Fields with a default that must be given all the same, unless the other field is."""
 
 
 def _train() -> tuple[dict[str, type], Callable[..., object]]:
     from sparsify_vlm.data.config import DataConfig
-    from sparsify_vlm.training.config import TrainConfig
+    from sparsify_vlm.training import RunConfig, TrainConfig, train
 
-    def run(model: ModelConfig, cfg: TrainConfig, data: DataConfig) -> object:
-        from sparsify_vlm.training import train
-
-        return train(cfg, data, model.model, **model.loading())
-
-    return {"model": ModelConfig, "cfg": TrainConfig, "data": DataConfig}, run
+    return {"run": RunConfig, "cfg": TrainConfig, "data": DataConfig}, train
 
 
 def _capture() -> tuple[dict[str, type], Callable[..., object]]:
@@ -124,6 +81,7 @@ COMMANDS: dict[str, Command] = {
         ("model", "dataset"),
         _train,
         "the same command with --resume continues from the last checkpoint",
+        {"model": "activations"},
     ),
     "capture": Command(
         "store a model's activations on a dataset",
@@ -181,13 +139,31 @@ def run_command(command: Command, argv: Sequence[str], program: str) -> int:
     """Parse `argv` for `command`, run it, and turn what a user can mend into one line."""
     debug = any(token.startswith("--debug") for token in argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty() or _rank() > 0:
+        _hide_progress_bars()
     with _told_in_one_line(command, debug) as outcome, _only_first_rank_prints():
         outcome.parsing = True
         configs, function = command.load()
-        parsed = parse(configs, command.positionals, argv, program)
+        parsed = parse(configs, command.positionals, argv, program, command.substitutes)
         outcome.parsing = False
         function(**parsed) if len(parsed) > 1 else function(*parsed.values())
     return outcome.status
+
+
+def _hide_progress_bars() -> None:
+    """Keep the libraries' bars out of logs; our own progress is plain lines there.
+
+    The variables are read on import, and `python -m sparsify` has imported the libraries by now.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for library, name in (
+        ("huggingface_hub.utils", "disable_progress_bars"),
+        ("transformers.utils.logging", "disable_progress_bar"),
+        ("datasets.utils.logging", "disable_progress_bar"),
+    ):
+        if library in sys.modules:
+            getattr(sys.modules[library], name)()
 
 
 @dataclass

@@ -107,15 +107,22 @@ def _kind_of(hint: Any) -> Kind:
 
 
 def parse(
-    configs: Mapping[str, type], positionals: Sequence[str], argv: Sequence[str], program: str
+    configs: Mapping[str, type],
+    positionals: Sequence[str],
+    argv: Sequence[str],
+    program: str,
+    substitutes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Instances of the dataclasses `configs`, by the same names, as `argv` asks.
 
-    `positionals` names the fields that may be given without a flag, in order. Raises `UsageError`
-    for a command line or config file that cannot be read, `HelpRequested` for `--help`, and lets
-    the configs' own `UserError`s through.
+    `positionals` names the fields that may be given without a flag, in order. A field in
+    `substitutes` must be given, unless the field it maps to is. Raises `UsageError` for a command
+    line or config file that cannot be read, `HelpRequested` for `--help`, and lets the configs'
+    own `UserError`s through.
     """
+    substitutes = substitutes or {}
     flags = flags_of(configs)
+    flags |= {name: Flag(flags[name].kind, required=True) for name in substitutes}
     kinds = {name: flag.kind for name, flag in flags.items()} | GLOBAL_KINDS
     found = scan(argv, kinds)
     parser = _build(configs, positionals, flags, program)
@@ -125,8 +132,10 @@ def parse(
     options = _read_config(found.value("config"), flags) if "config" in found.options else {}
     options |= {name: values for name, values in found.options.items() if name in flags}
     options |= _name_positionals(found, positionals)
+    filled = {name for name, other in substitutes.items() if other in options}
+    flags |= {name: Flag(flags[name].kind, required=False) for name in filled}
     _refuse_swallowed(found, options, flags, positionals)
-    _refuse_missing(options, flags, positionals)
+    _refuse_missing(options, flags, positionals, substitutes)
     try:
         parsed = parser.parse_args(_canonical(options, flags))
     except ValueError as error:  # what configs raise for fields that do not go together
@@ -242,11 +251,15 @@ def _refuse_swallowed(
 
 
 def _refuse_missing(
-    options: Mapping[str, list[str]], flags: Mapping[str, Flag], positionals: Sequence[str]
+    options: Mapping[str, list[str]],
+    flags: Mapping[str, Flag],
+    positionals: Sequence[str],
+    substitutes: Mapping[str, str],
 ) -> None:
     for name, flag in flags.items():
         if flag.required and name not in options:
             shown = name.upper() if name in positionals else f"--{name}"
+            shown += f" (or --{substitutes[name]})" if name in substitutes else ""
             raise UsageError(f"{shown} is missing; --help shows what the command takes")
     for name, values in options.items():
         if flags[name].kind == "one" and not values:

@@ -177,6 +177,16 @@ def test_help_shows_every_field_with_its_docstring() -> None:
         assert f"--{name}" in text
 
 
+def test_a_field_may_stand_in_for_another() -> None:
+    def optional(line: str) -> Coder:
+        return parse({"c": Coder}, ("k",), line.split(), "prog", {"k": "transcode"})["c"]
+
+    assert optional("3") == Coder(3)
+    assert optional("--transcode") == Coder(transcode=True)
+    with pytest.raises(UsageError, match=r"K \(or --transcode\) is missing"):
+        optional("")
+
+
 def test_two_configs_may_not_share_a_flag() -> None:
     with pytest.raises(TypeError, match="'k'"):
         flags_of({"a": Coder, "b": Train})
