@@ -389,7 +389,7 @@ def load(name: str, folder: Path, seed: int = 0, **options: Any) -> LoadedModel:
 
 @cache
 def shared(name: str) -> LoadedModel:
-    """The family's model, loaded once for all tests of a run. Whoever changes it changes it back."""
+    """The family's model, loaded once for a run. Who changes it changes it back."""
     with TemporaryDirectory() as folder:
         return load(name, Path(folder))
 

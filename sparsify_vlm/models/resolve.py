@@ -111,11 +111,22 @@ def _no_layers(
 
 
 @dataclass
+class _Call:
+    """One module's call. The values are copies: some layers go on to add in place."""
+
+    module: nn.Module
+    given: Tensor
+    made: Tensor
+    given_value: Tensor
+    made_value: Tensor
+
+
+@dataclass
 class _Seen:
     """What one layer did during the probe."""
 
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = field(default_factory=list)
-    """(module, input, output) of the layer's children, in order."""
+    calls: list[_Call] = field(default_factory=list)
+    """Of the layer's children, in order."""
     output: Tensor | None = None
 
 
@@ -145,14 +156,14 @@ def _recorder(record: _Seen) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         given = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
         if isinstance(given, Tensor) and isinstance(output, Tensor):
-            record.calls.append((module, given, output))
+            record.calls.append(_Call(module, given, output, given.clone(), output.clone()))
 
     return hook
 
 
 def _output_recorder(record: _Seen) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        record.output = output if isinstance(output, Tensor) else output[0]
+        record.output = (output if isinstance(output, Tensor) else output[0]).clone()
 
     return hook
 
@@ -176,21 +187,21 @@ def _block(name: str, record: _Seen, mlp: nn.Module, scales: list[float]) -> Blo
         raise UserError(
             f"{name} does not run on text alone (a cross-attention layer?): not supported"
         )
-    position = next((i for i, call in enumerate(record.calls) if call[0] is mlp), None)
+    position = next((i for i, call in enumerate(record.calls) if call.module is mlp), None)
     if position is None:
         raise UserError(f"the MLP of {name} does not map one tensor to one tensor: not supported")
-    _, x, y = record.calls[position]
-    norm, stream = None, x
-    for module, given, made in record.calls[:position]:
-        if made is x:
-            norm, stream = module, given
+    last = record.calls[position]
+    norm, stream = None, last.given_value
+    for call in record.calls[:position]:
+        if call.made is last.given:
+            norm, stream = call.module, call.given_value
     post = []
-    for module, given, made in record.calls[position + 1 :]:
-        if given is y:
-            post.append(module)
-            y = made
+    for call in record.calls[position + 1 :]:
+        if call.given is last.made:
+            post.append(call.module)
+            last = call
     for scale in scales:
-        if _is_sum(record.output, stream, y, scale):
+        if _is_sum(record.output, stream, last.made_value, scale):
             return Block(mlp, norm, post, scale)
     raise UserError(
         f"{name} is not supported: its output is not the residual stream plus what its MLP writes "
@@ -203,5 +214,5 @@ def _is_sum(out: Tensor, stream: Tensor, y: Tensor, scale: float) -> bool:
     if not out.shape == stream.shape == y.shape:
         return False
     stream64, write64 = stream.double(), scale * y.double()
-    allowed = 4 * torch.finfo(out.dtype).eps * (stream64.abs() + write64.abs())
+    allowed = torch.finfo(out.dtype).eps * (stream64.abs() + write64.abs())
     return bool(((out.double() - stream64 - write64).abs() <= allowed).all())
