@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from sparsify_vlm.data.batching import batches, prefetched
     from sparsify_vlm.data.capture import CaptureConfig
     from sparsify_vlm.data.config import DataConfig
+    from sparsify_vlm.data.encoding import EncodedBatch, encode
     from sparsify_vlm.data.images import BadSample, ImageRef
     from sparsify_vlm.data.legacy import ImportActivationsConfig, import_activations
-    from sparsify_vlm.data.prompts import EncodedBatch, encode
     from sparsify_vlm.data.rows import Sample, Turn
     from sparsify_vlm.data.shapes import ShapesDataset
     from sparsify_vlm.data.sources import SampleSource, open_samples
@@ -23,7 +23,7 @@ _HOMES = {
     "BadSample": "images",
     "CaptureConfig": "capture",
     "DataConfig": "config",
-    "EncodedBatch": "prompts",
+    "EncodedBatch": "encoding",
     "ImageRef": "images",
     "ImportActivationsConfig": "legacy",
     "Sample": "rows",
@@ -31,7 +31,7 @@ _HOMES = {
     "ShapesDataset": "shapes",
     "Turn": "rows",
     "batches": "batching",
-    "encode": "prompts",
+    "encode": "encoding",
     "import_activations": "legacy",
     "open_samples": "sources",
     "prefetched": "batching",

@@ -6,7 +6,8 @@
 | conversation | conversations or messages, with image(s) where there are any | its turns |
 | The Cauldron | images, texts (a list of user/assistant pairs) | its turns, one after another |
 | question | question, query, prompt or instruction; answer(s); image(s) | user, assistant |
-| caption | image(s), text or caption | the image alone as the user's turn, text as the answer |
+| caption | image(s), text or caption | the image alone as the user's turn, text as the answer; a \
+text with `<image>` in it is a whole prompt and is taken as it is |
 | image | image(s) | the image alone as the user's turn |
 | text | text | plain text, packed into chunks by `sources` |
 
@@ -161,6 +162,8 @@ def _read(row: Mapping[str, Any], columns: Columns, id: str, root: Path | None) 
     kind = row.get(columns.type) if columns.type else None
     kind = kind if isinstance(kind, str) else None
     if columns.shape == "tokens":
+        if not len(row["input_ids"]):
+            raise ValueError("no tokens")
         return Sample(id, input_ids=tuple(map(int, row["input_ids"])), kind="text")
     if columns.shape == "text":
         return Sample(id, text=_string(row[columns.text or ""]), kind="text")
@@ -172,9 +175,10 @@ def _read(row: Mapping[str, Any], columns: Columns, id: str, root: Path | None) 
     else:
         if not images:
             raise BadImage(f"column {columns.image} holds no image")
-        turns = [Turn("user", "")]
-        if columns.shape == "caption" and (caption := _string(row[columns.text or ""])):
-            turns.append(Turn("assistant", caption))
+        caption = _string(row[columns.text or ""]) if columns.shape == "caption" else ""
+        if IMAGE_MARK in caption:
+            return Sample(id, images=images, text=caption, kind="text", type=kind)
+        turns = [Turn("user", ""), Turn("assistant", caption)][: 2 if caption else 1]
     return Sample(id, _place_images(turns, len(images)), images, type=kind)
 
 
