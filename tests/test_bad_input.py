@@ -187,12 +187,14 @@ def test_bad_image(
         (shelf / name).write_bytes(content((shelf / "0.png").read_bytes()))
     rows = [{"image": image, "question": "what ?", "answer": "red"} for image in ("0.png", name)]
     data = write_rows(shelf / f"with_{name}.jsonl", rows)
-    refused(train(shelf / "llava", data, out), *words)
+    refused(train(shelf / "llava", data, out), *words, kept=out / "mine")
+    # Nothing was trained, so the mended command needs no --overwrite.
+    assert main([str(token) for token in train(shelf / "llava", shelf / "good.jsonl", out)]) == 0
 
 
 def test_truncation_that_cuts_image_tokens(refused: Check, shelf: Path, out: Path) -> None:
     line = train(shelf / "llava", shelf / "good.jsonl", out, "--ctx_len", "8")
-    refused(line, "--ctx_len", "image")
+    refused(line, "--ctx_len", "image", kept=out / "mine")
 
 
 def test_no_such_dataset(refused: Check, shelf: Path, out: Path) -> None:
@@ -214,7 +216,7 @@ def test_nan_names_layer_and_batch(refused: Check, shelf: Path, out: Path, tmp_p
     rows = [{"text": "it is red ."}] * 2 + [{"text": "it is green ."}] * 2
     data = write_rows(tmp_path / "nan.jsonl", rows)
     line = train(tmp_path / "nan", data, out, "--shuffle_seed", "-1", "--ctx_len", "6")
-    refused(line, "layers.0.mlp", "not finite")
+    refused(line, "layers.0.mlp", "NaN", "batch 1", kept=out / "mine")
 
 
 @pytest.fixture

@@ -53,6 +53,8 @@ class RunFolder:
             if resume:
                 print(f"{self.path} has no run to resume; starting one")
             return self._start(settings)
+        if self._failed_at_once() and not resume:
+            return self._start(settings)
         if overwrite:
             self._remove_run()
             return self._start(settings)
@@ -70,6 +72,13 @@ class RunFolder:
             raise UserError(f"{self.path} is a file; give another --run_name or --save_dir")
         # What a kill leaves of a first write starts with a dot.
         return not self.path.exists() or all(p.name.startswith(".") for p in self.path.iterdir())
+
+    def _failed_at_once(self) -> bool:
+        """Whether the run here ended before its first step, over a bad input perhaps, so that the
+        mended command can simply be given again."""
+        names = {p.name for p in self.path.iterdir() if not p.name.startswith(".")}
+        nothing_done = not self.metrics.exists() or self.metrics.stat().st_size == 0
+        return names <= {self._sheet.name, self.metrics.name} and nothing_done
 
     def _start(self, settings: Mapping[str, Any]) -> None:
         sheet = {"format": RUN_FORMAT, "version": VERSION, "id": uuid.uuid4().hex}
@@ -133,7 +142,8 @@ class RunFolder:
         plain = _read(saved[-1] / "state.json", STATE_FORMAT)
         path = saved[-1] / "tensors.safetensors"
         try:
-            return plain, load_file(path)
+            # Copied: the file is mapped, and it is removed when the next state is written.
+            return plain, {name: tensor.clone() for name, tensor in load_file(path).items()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}); the run cannot be resumed") from None
 
