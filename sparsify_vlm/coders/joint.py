@@ -85,6 +85,8 @@ def _variance(clt: Clt, y: Layers, mean_y: Layers | None, variance: Tensor | Non
     written = variance[clt.cfg.target_offset :]
     if not bool((written > 0).all()):
         layer = clt.cfg.target_offset + int((~(written > 0)).nonzero()[0])
+        if variance[layer].isnan():
+            raise UserError(f"the outputs of {clt.cfg.hookpoints[layer]} hold NaN")
         raise UserError(
             f"the outputs of {clt.cfg.hookpoints[layer]} have no variance over this batch's "
             f"{y[layer].shape[0]} tokens; FVU is undefined, take larger batches"

@@ -1,0 +1,338 @@
+"""Checkpoints: written and read again, shared with sparsify, foreign layouts, damaged ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparsify_vlm.coders import Clt, CltConfig, load_clt, save_clt
+from sparsify_vlm.errors import UserError
+
+L, D, F = 12, 6, 24  # more than ten layers: order by number, not by name
+
+
+def make(layers: int = L, prefix: str = "language_model.model.", **options) -> Clt:
+    options = {"d_model": D, "num_latents": F, "k": 3} | options
+    cfg = CltConfig(
+        hookpoints=[f"{prefix}layers.{i}.mlp" for i in range(layers)],
+        model="owner/model",
+        training={"tokens": 123},
+        **options,
+    )
+    clt = Clt(cfg)
+    with torch.no_grad():
+        for parameter in clt.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape)
+    return clt
+
+
+def same(left: list[Tensor | None], right: list[Tensor | None]) -> bool:
+    return all(
+        (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_targets": 16},
+        {"n_targets": 3, "target_offset": 1, "skip_connection": True},
+        {"n_targets": 3, "train_post_encoder": True, "post_encoder_scale": True},
+        {"n_targets": 1, "target_offset": 1},
+        {"n_targets": 1, "train_post_encoder": True},
+        {"transcode": False, "input_site": "mlp_out"},
+        {"activation": "relu", "n_targets": 2, "input_site": "resid_mid"},
+    ],
+    ids=str,
+)
+def test_written_and_read_again_is_the_same(options, tmp_path):
+    clt = make(**options)
+    assert save_clt(clt, tmp_path / "c") == tmp_path / "c"
+    for name in ("load_clt", "from_pretrained"):
+        again = (
+            load_clt(tmp_path / "c") if name == "load_clt" else Clt.from_pretrained(tmp_path / "c")
+        )
+        assert again.cfg == clt.cfg
+        state = again.state_dict()
+        assert state.keys() == clt.state_dict().keys()
+        assert all(torch.equal(state[key], value) for key, value in clt.state_dict().items())
+    x = torch.randn(L, 5, D)
+    assert same(clt.reconstruct(x), again.reconstruct(x))
+    assert load_clt(tmp_path / "c", dtype=torch.float64).dtype == torch.float64
+    assert not list((tmp_path / "c").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"skip_connection": True}, {"transcode": False, "input_site": "mlp_out"}],
+    ids=str,
+)
+def test_single_target_checkpoints_are_sparsify_s_own(options, tmp_path):
+    from sparsify import SparseCoder
+
+    clt = make(layers=3, prefix="", **options)
+    save_clt(clt, tmp_path)
+    coders = SparseCoder.load_many(str(tmp_path), local=True)
+    assert list(coders) == clt.cfg.hookpoints
+    x = torch.randn(3, 40, D)
+    ours = clt.reconstruct(x)
+    for s, coder in enumerate(coders.values()):
+        encoded = coder.encode(x[s])
+        theirs = coder.decode(encoded.top_acts, encoded.top_indices)
+        if coder.W_skip is not None:
+            theirs = theirs + x[s] @ coder.W_skip.mT
+        torch.testing.assert_close(ours[s], theirs)
+        assert coder.cfg.k == 3
+        assert coder.cfg.transcode == clt.cfg.transcode
+
+
+def test_sparsify_s_own_checkpoints_are_read(tmp_path):
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    cfg = SparseCoderConfig(num_latents=F, k=3, transcode=True, skip_connection=True)
+    coders = [SparseCoder(D, cfg) for _ in range(L)]
+    x = torch.randn(L, 20, D)
+    for i, coder in enumerate(coders):
+        for parameter in coder.parameters():
+            parameter.data.normal_()
+        coder.save_to_disk(tmp_path / f"h.{i}.mlp")
+    clt = load_clt(tmp_path)
+    assert clt.cfg.hookpoints == [f"h.{i}.mlp" for i in range(L)]
+    assert (clt.cfg.n_targets, clt.cfg.target_offset) == (1, 0)
+    for i, (coder, ours) in enumerate(zip(coders, clt.reconstruct(x), strict=True)):
+        encoded = coder.encode(x[i])
+        theirs = coder.decode(encoded.top_acts, encoded.top_indices) + x[i] @ coder.W_skip.mT
+        torch.testing.assert_close(ours, theirs)
+    one = load_clt(tmp_path / "h.7.mlp")
+    assert one.cfg.hookpoints == ["h.7.mlp"]
+    torch.testing.assert_close(one.reconstruct(x[7:8])[0], clt.reconstruct(x)[7])
+
+
+# ---- variants of EleutherAI's clt-training
+
+
+def write_fork(folder: Path, layout: str, layers: int = 3, **fields) -> dict[str, Tensor]:
+    """A checkpoint as the fork writes it without our clt.json; returns all tensors by name."""
+    tensors: dict[str, Tensor] = {}
+    for s in range(layers):
+        n = layers - s
+        own = {"encoder.weight": torch.randn(F, D), "encoder.bias": torch.randn(F)}
+        for k in range(n):
+            own[f"post_encs.{k}"] = torch.zeros(F)
+        if layout == "none":
+            for k in range(n):
+                own |= {f"W_decs.{k}": torch.randn(F, D), f"b_decs.{k}": torch.randn(D)}
+        elif layout == "tied":
+            own["W_dec"] = torch.randn(F, D)
+            own |= {f"b_decs.{k}": torch.randn(D) for k in range(n)}
+        else:
+            rows = F if layout == "concat" else (s + 1) * F
+            own |= {"W_dec": torch.randn(rows, D), "b_dec": torch.randn(D)}
+        cfg = {
+            "activation": "topk",
+            "expansion_factor": 4,
+            "num_latents": 0,
+            "k": 3,
+            "transcode": True,
+            "n_targets": n,
+            "n_sources": s + 1,
+            "per_source_tied": layout == "tied",
+            "coalesce_topk": layout if layout in ("concat", "per-layer") else "none",
+            "d_in": D,
+        }
+        child = folder / f"layers.{s}.mlp"
+        child.mkdir(parents=True)
+        (child / "cfg.json").write_text(json.dumps(cfg | fields))
+        save_file(own, child / "sae.safetensors")
+        tensors |= {f"{s}/{name}": tensor for name, tensor in own.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("layout", ["none", "tied", "concat", "per-layer"])
+def test_layouts_of_the_fork(layout, tmp_path):
+    tensors = write_fork(tmp_path, layout)
+    clt = load_clt(tmp_path)
+    x = torch.randn(3, 7, D)
+    dense = []
+    for s in range(3):
+        pre = (x[s] @ tensors[f"{s}/encoder.weight"].T + tensors[f"{s}/encoder.bias"]).relu()
+        dense.append(pre * (pre >= pre.topk(3).values[:, -1:]))
+    for t, found in enumerate(clt.reconstruct(x)):
+        expected = torch.zeros(7, D)
+        for s in range(t + 1):
+            k = t - s
+            if layout in ("concat", "per-layer"):
+                blocks = tensors[f"{t}/W_dec"].split(F)
+                table = blocks[s if layout == "per-layer" else 0]
+            else:
+                table = tensors[f"{s}/W_decs.{k}" if layout == "none" else f"{s}/W_dec"]
+            expected += dense[s] @ table
+            if layout in ("none", "tied"):
+                expected += tensors[f"{s}/b_decs.{k}"]
+        if layout in ("concat", "per-layer"):
+            expected += tensors[f"{t}/b_dec"]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    save_clt(clt, tmp_path / "ours")
+    assert same(load_clt(tmp_path / "ours").reconstruct(x), clt.reconstruct(x))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("normalize_io", True),
+        ("divide_cross_layer", True),
+        ("topk_coalesced", True),
+        ("secondary_target_tied", True),
+        ("coalesce_topk", "group"),
+        ("activation", "groupmax"),
+    ],
+)
+def test_variants_not_read_yet_are_named(field, value, tmp_path):
+    write_fork(tmp_path, "none", **{field: value})
+    with pytest.raises(UserError, match=rf"cfg\.json: coders with {field}.*cannot be read yet"):
+        load_clt(tmp_path)
+
+
+def test_thresholds_of_circuit_tracer(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "model_kind: cross_layer_transcoder\nfeature_input_hook: hook_resid_mid\n"
+        "feature_output_hook: hook_mlp_out\nmodel_name: owner/model\n"
+    )
+    W_enc, W_dec = torch.randn(11, F, D), [torch.randn(F, 11 - i, D) for i in range(11)]
+    threshold = torch.rand(11, F)
+    for i in range(11):
+        encoder = {
+            f"W_enc_{i}": W_enc[i],
+            f"b_enc_{i}": torch.zeros(F),
+            f"b_dec_{i}": torch.full((D,), float(i)),
+            f"threshold_{i}": threshold[i],
+        }
+        save_file(encoder, tmp_path / f"W_enc_{i}.safetensors")
+        save_file({f"W_dec_{i}": W_dec[i]}, tmp_path / f"W_dec_{i}.safetensors")
+    clt = load_clt(tmp_path)
+    assert clt.cfg.activation == "jumprelu"
+    assert clt.cfg.input_site == "resid_mid"
+    assert clt.cfg.model == "owner/model"
+    x = torch.randn(11, 7, D)
+    pre = torch.einsum("ltd,lfd->ltf", x, W_enc)
+    acts = pre * (pre > threshold[:, None])
+    expected = 10.0 + sum(acts[s] @ W_dec[s][:, 10 - s] for s in range(11))
+    torch.testing.assert_close(clt.reconstruct(x)[10], expected, rtol=1e-5, atol=1e-4)
+    with pytest.raises(UserError, match="thresholds"):
+        save_clt(clt, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "W_enc_9.safetensors").unlink()
+    with pytest.raises(UserError, match=r"W_enc_9\.safetensors: the file is missing"):
+        load_clt(tmp_path)
+    text = (tmp_path / "config.yaml").read_text().replace("hook_resid_mid", "ln2.hook_normalized")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml|W_enc_9"):
+        load_clt(tmp_path)
+
+
+# ---- damaged checkpoints
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return save_clt(make(layers=3, n_targets=2), tmp_path / "coder")
+
+
+def edit_tensors(folder: Path, change) -> None:
+    path = folder / "language_model.model.layers.1.mlp" / "sae.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_json(path: Path, **fields) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def poison(tensors: dict[str, Tensor]) -> None:
+    tensors["encoder.weight"][3, 2] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("W_decs.1"),
+            r"layers\.1\.mlp/sae\.safetensors: tensor 'W_decs.1' is miss",
+        ),
+        (
+            lambda t: t.update({"encoder.bias": torch.zeros(F + 1)}),
+            r"'encoder.bias' has shape \[25\], expected \[24\]",
+        ),
+        (poison, r"layers\.1\.mlp/sae\.safetensors: tensor 'encoder.weight' holds NaN"),
+    ],
+)
+def test_bad_tensors_are_named(change, message, saved):
+    edit_tensors(saved, change)
+    with pytest.raises(UserError, match=message):
+        load_clt(saved)
+
+
+def test_bad_files_are_named(saved):
+    first = saved / "language_model.model.layers.0.mlp"
+    edit_json(saved / "clt.json", version=2)
+    with pytest.raises(UserError, match=r"clt\.json: format 'sparsify-vlm clt' version 2"):
+        load_clt(saved)
+    edit_json(saved / "clt.json", version=1)
+    edit_json(first / "cfg.json", k=5)
+    with pytest.raises(UserError, match="must agree"):
+        load_clt(saved)
+    (first / "cfg.json").write_text("{")
+    with pytest.raises(UserError, match=r"0\.mlp/cfg\.json: not readable as JSON"):
+        load_clt(saved)
+    (first / "cfg.json").unlink()
+    with pytest.raises(UserError, match=r"0\.mlp/cfg\.json: the file is missing"):
+        load_clt(saved)
+
+
+def test_truncated_and_missing_tensor_files_are_named(saved):
+    path = saved / "language_model.model.layers.2.mlp" / "sae.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"2\.mlp/sae\.safetensors: not a readable safetensors"):
+        load_clt(saved)
+    path.unlink()
+    with pytest.raises(UserError, match=r"2\.mlp/sae\.safetensors: the file is missing"):
+        load_clt(saved)
+
+
+def test_a_missing_layer_folder_is_noticed_without_a_sheet(saved):
+    import shutil
+
+    (saved / "clt.json").unlink()
+    shutil.rmtree(saved / "language_model.model.layers.2.mlp")
+    with pytest.raises(UserError, match="is a layer's folder missing"):
+        load_clt(saved)
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    with pytest.raises(UserError, match="no coder checkpoint in a known format"):
+        load_clt(tmp_path)
+    for path in (tmp_path / "nowhere", "nowhere", "./a/b"):
+        with pytest.raises(UserError, match=r"no such (checkpoint|local) folder"):
+            load_clt(path)
+    with pytest.raises(UserError, match="owner/name: no such local folder, and it cannot be had"):
+        load_clt("owner/name")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(saved, monkeypatch):
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_clt(make(layers=3, n_targets=2), saved)
+    assert before == {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
