@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sparsify_vlm.coders import Clt, CltConfig, load_clt
-from sparsify_vlm.data import ActivationStore, DataConfig
+from sparsify_vlm.data import DataConfig
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.models import LoadedModel, load_model
 from sparsify_vlm.training.checkpoint import RunFolder
@@ -103,6 +103,8 @@ def _default_device() -> str:
 def _store_source(
     cfg: TrainConfig, data: DataConfig, run: RunConfig, world: World, device: torch.device
 ) -> tuple[TokenSource, dict[str, Any]]:
+    from sparsify_vlm.data import ActivationStore
+
     if data.dataset is not None or data.dataset_mix is not None:
         raise UserError("--activations is a dataset already captured: leave the dataset out")
     store = ActivationStore(cfg.activations)
