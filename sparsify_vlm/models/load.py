@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -120,16 +120,29 @@ def load_model(
         "trust_remote_code": trust_remote_code,
         "token": token,
     }
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = _device(device)
     path = ALIASES.get(name_or_path, name_or_path)
     with explained(name_or_path):
         config = _config(path, source)
-        model = _model(path, config, str(device), _dtype(dtype, str(device)), load_in_8bit, source)
+        model = _model(path, config, where, _dtype(dtype, where), load_in_8bit, source)
         processor = load_processor(path, config, source)
     model.requires_grad_(False).eval()
-    stack = resolve_stack(model, processor)
+    try:
+        stack = resolve_stack(model, processor)
+    except UserError as error:
+        raise UserError(f"model '{name_or_path}': {error} ({WAY_OUT})") from error
     commit = getattr(config, "_commit_hash", None) or revision
     return LoadedModel(model, processor, stack, name_or_path, commit)
+
+
+def _device(device: str | torch.device | None) -> str:
+    """The device to load on: a torch device's name or "auto"."""
+    there = torch.cuda.is_available()
+    if device is None:
+        return "cuda" if there else "cpu"
+    if str(device).startswith("cuda") and not there:
+        raise UserError(f"device '{device}': torch sees no CUDA device here; take --device cpu")
+    return str(device)
 
 
 def _dtype(dtype: str | torch.dtype | None, device: str) -> str | torch.dtype:
@@ -190,5 +203,20 @@ def _model(
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if load_in_8bit or device == "auto":
         options["device_map"] = "auto" if device == "auto" else {"": device}
-    model = _auto_class(config).from_pretrained(path, config=config, **options)
+    model, report = _auto_class(config).from_pretrained(
+        path, config=config, output_loading_info=True, **options
+    )
+    _require_decoder(path, model, report["missing_keys"])
     return model if "device_map" in options else model.to(device)
+
+
+def _require_decoder(path: str, model: Any, missing: Collection[str]) -> None:
+    """transformers fills missing weights with random ones: not in a decoder that is studied."""
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    lacking = sorted(key for key in missing if key.startswith(prefix))
+    if lacking:
+        raise UserError(
+            f"model '{path}' lacks {len(lacking)} weights of its decoder, {lacking[0]} first: the "
+            f"checkpoint is incomplete or of another architecture ({WAY_OUT})"
+        )
