@@ -70,7 +70,7 @@ def _import_activations() -> tuple[dict[str, type], Callable[..., object]]:
 
 
 def _demo() -> tuple[dict[str, type], Callable[..., object]]:
-    from sparsify_vlm.report.demo import DemoConfig, run_demo
+    from sparsify_vlm.demo import DemoConfig, run_demo
 
     return {"cfg": DemoConfig}, run_demo
 
