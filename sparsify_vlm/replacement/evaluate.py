@@ -1,0 +1,360 @@
+"""`evaluate`: how well a coder reconstructs, and what the model does with its MLPs replaced.
+
+1. Every batch runs through the model as it is: FVU, L0 and dead latents on clean inputs, the
+   model's own predictions, the mean of every y.
+2. The same batch runs with all MLPs replaced at once: by the coder, by the coder without its cross
+   writes, and by zeros.
+3. All batches run once more with each MLP replaced by the mean of its y over these tokens.
+4. Samples with a reference answer are answered greedily by the model and by the replaced ones.
+
+Sums are kept, never activations. docs/evaluate.md defines every figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsify_vlm.coders import load_clt
+from sparsify_vlm.data import DataConfig, EncodedBatch, batches, open_samples, prefetched
+from sparsify_vlm.errors import UserError
+from sparsify_vlm.files import write_json
+from sparsify_vlm.models import ROLE_NAMES, Role, TokenTable, load_model, record_tokens
+from sparsify_vlm.progress import Progress
+from sparsify_vlm.replacement.ablation import Ablation
+from sparsify_vlm.replacement.answers import answer_samples, reference_answers
+from sparsify_vlm.replacement.measures import (
+    ARMS,
+    AnswerCounts,
+    LayerSums,
+    Predictions,
+    distinct_arms,
+    finite,
+    mean_over_layers,
+    recovered,
+)
+from sparsify_vlm.replacement.model import VLMReplacementModel
+from sparsify_vlm.replacement.tables import print_evaluation
+
+if TYPE_CHECKING:
+    from sparsify_vlm.data import SampleSource
+
+FORMAT, VERSION = "sparsify-vlm evaluation", 1
+ABLATIONS: dict[str, Ablation | None] = {"full": None, "same_layer_only": Ablation(cross=True)}
+Figures = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(DataConfig):
+    """What is measured, on which tokens."""
+
+    clt: str
+    """Coder: a folder or a Hub id, in any readable format."""
+
+    model: str | None = None
+    """Model. Default: the one the coder was trained on."""
+
+    output: str = "eval.json"
+    """File the figures are written to."""
+
+    split: str = ""
+    """Split to read. Default: heldout for shapes, validation for others."""
+
+    max_examples: int | None = 500
+    """Read at most this many samples."""
+
+    batch_size: int = 16
+    """Samples run through the model together."""
+
+    max_new_tokens: int = 32
+    """Answers longer than this are not asked for; 0 generates none at all."""
+
+    filter_bos: bool | None = None
+    """Leave the beginning-of-sequence token out of every figure, and its MLPs as they are.
+    Default: as the coder was trained."""
+
+    device: str | None = None
+    """Where the model and the coder run. Default: cuda if there, else cpu."""
+
+    dtype: str | None = None
+    """Type of the model's numbers. Default: float32 on a CPU, bfloat16 elsewhere."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the model on the Hub."""
+
+    hf_token: str | None = field(default=None, repr=False)
+    """Access token for gated or private models."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    load_in_8bit: bool = False
+    """Quantise the model's weights to 8 bits."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size must be at least 1, not {self.batch_size}")
+        if self.max_new_tokens < 0:
+            raise UserError(f"--max_new_tokens must not be negative, as {self.max_new_tokens} is")
+
+
+def evaluate(cfg: EvaluateConfig) -> Figures:
+    """Load coder and model, measure, print the tables and write `cfg.output`.
+
+    Returns what was written. Raises `UserError` for a coder, model or dataset that cannot be used.
+    """
+    clt = load_clt(cfg.clt)
+    if cfg.filter_bos is not None:
+        clt.cfg.training["filter_bos"] = cfg.filter_bos
+    name = cfg.model or clt.cfg.model
+    if name is None:
+        raise UserError(f"{cfg.clt} does not say which model it was trained on: give --model")
+    loaded = load_model(
+        name,
+        cfg.device,
+        cfg.dtype,
+        revision=cfg.revision or (clt.cfg.revision if name == clt.cfg.model else None),
+        trust_remote_code=cfg.trust_remote_code,
+        token=cfg.hf_token,
+        load_in_8bit=cfg.load_in_8bit,
+    )
+    model = VLMReplacementModel.from_pretrained(loaded, clt)
+    figures = measure(model, cfg)
+    write_json(Path(cfg.output), figures)
+    print_evaluation(figures)
+    print(f"Written to {cfg.output}.")
+    return figures
+
+
+def measure(model: VLMReplacementModel, cfg: EvaluateConfig, *, quiet: bool = False) -> Figures:
+    """The figures of docs/evaluate.md for `model` on the dataset of `cfg`, as plain data.
+
+    Raises `UserError` when there is no token to measure on or an activation is not finite.
+    """
+    source = _open(cfg, model)
+    sums = _Sums(model, cfg)
+    with _progress("Evaluating", source, quiet) as progress:
+        for batch in _batches(source, model, cfg):
+            sums.add(batch)
+            progress.update(len(batch))
+    if float(sums.layers.tokens[0]) == 0:
+        raise UserError(f"{source.name} ({source.cfg.split}) has no token to measure on")
+    if sums.predictions["model"].tokens:
+        means = sums.layers.mean_y()
+        with _progress("Mean ablation", source, quiet) as progress:
+            for batch in _batches(source, model, cfg):
+                sums.add_mean_ablated(batch, means)
+                progress.update(len(batch))
+    answers = AnswerCounts()
+    if sums.references:
+        arms = {arm: ABLATIONS[arm] for arm in distinct_arms(model.clt.cfg)}
+        with _progress("Answering", source, quiet) as progress:
+            for batch in _batches(source, model, cfg, with_answer=False):
+                answer_samples(model, batch, sums.references, arms, answers)
+                progress.update(len(batch))
+    return _figures(model, cfg, source, sums, answers)
+
+
+def _open(cfg: EvaluateConfig, model: VLMReplacementModel) -> SampleSource:
+    data = DataConfig(**{f.name: getattr(cfg, f.name) for f in fields(DataConfig)})
+    if not data.split:
+        own = data.dataset is None and data.dataset_mix is None
+        shapes = data.dataset == "shapes" or (own and model.loaded.name.startswith("tiny-"))
+        data = replace(data, split="heldout" if shapes else "validation")
+    return open_samples(data, model.loaded)
+
+
+def _batches(
+    source: SampleSource, model: VLMReplacementModel, cfg: EvaluateConfig, with_answer: bool = True
+) -> Iterator[EncodedBatch]:
+    made = batches(source, model.loaded, cfg.batch_size, cfg.ctx_len, with_answer=with_answer)
+    return (batch for batch in prefetched(made) if len(batch))
+
+
+def _progress(label: str, source: SampleSource, quiet: bool) -> Progress:
+    return Progress(label, source.size, unit="samples", quiet=quiet)
+
+
+class _Sums:
+    """Everything that is summed over batches."""
+
+    def __init__(self, model: VLMReplacementModel, cfg: EvaluateConfig) -> None:
+        self.model, self.cfg = model, cfg
+        self.layers = LayerSums(model.clt)
+        arms = ("model", *distinct_arms(model.clt.cfg), "zero", "mean")
+        self.predictions = {arm: Predictions() for arm in arms}
+        self.samples = 0
+        self.roles = torch.zeros(len(Role), dtype=torch.int64)
+        self.excluded = 0
+        self.references: dict[str, tuple[int, ...]] = {}
+
+    def add(self, batch: EncodedBatch) -> None:
+        """Steps 1 and 2 for one batch."""
+        model = self.model
+        table = record_tokens(
+            model.loaded, batch.inputs, model.input_site, model.layers, logits=True
+        )
+        self._add_layers(table)
+        self.samples += len(batch)
+        self.references |= reference_answers(model.loaded, batch, self.cfg.max_new_tokens)
+        assert table.logits is not None
+        own = self._own(batch, table.logits)
+        if own is None:
+            return
+        self.predictions["model"].add(own.log_p, own.log_p, own.labels)
+        for arm in distinct_arms(model.clt.cfg):
+            self._add_spliced(arm, own, batch, model.replaced(ABLATIONS[arm]))
+        zeros = torch.zeros(len(model.layers), model.clt.cfg.d_model)
+        self._add_spliced("zero", own, batch, self._constant(zeros))
+
+    def add_mean_ablated(self, batch: EncodedBatch, means: Tensor) -> None:
+        """Step 3 for one batch."""
+        logits = self.model.loaded.forward(batch.inputs, logits=True).logits
+        own = self._own(batch, logits)
+        if own is not None:
+            self._add_spliced("mean", own, batch, self._constant(means))
+
+    def _add_layers(self, table: TokenTable) -> None:
+        _check_finite(table, self.model)
+        counted = ~self.model.excluded.of(table.input_ids, table.position)
+        self.excluded += int((~counted).sum())
+        self.roles += torch.bincount(table.role[counted].cpu(), minlength=len(Role))
+        self.layers.add(table.x[:, counted], table.y[:, counted], table.role[counted])
+
+    def _own(self, batch: EncodedBatch, logits: Tensor) -> _Own | None:
+        """The model's own predictions of the scored tokens; None if the batch has none."""
+        scored = scored_tokens(batch, self.model.loaded.stack.roles(batch.inputs))[:, 1:]
+        if not bool(scored.any()):
+            return None
+        scored = scored.to(logits.device)
+        labels = batch.inputs["input_ids"].to(logits.device)[:, 1:][scored]
+        return _Own(scored, labels, logits[:, :-1][scored].float().log_softmax(-1))
+
+    def _add_spliced(
+        self, arm: str, own: _Own, batch: EncodedBatch, splice: AbstractContextManager[None]
+    ) -> None:
+        with splice:
+            logits = self.model.loaded.forward(batch.inputs, logits=True).logits
+        self.predictions[arm].add(logits[:, :-1][own.scored], own.log_p, own.labels)
+
+    def _constant(self, values: Tensor) -> AbstractContextManager[None]:
+        """Every MLP a coder writes to writes its row of `values` [L, d] instead."""
+        targets = self.model.clt.cfg.target_layers()
+        return self.model.writing(
+            lambda layer, x: values[layer].to(x).expand_as(x) if layer in targets else None
+        )
+
+
+@dataclass
+class _Own:
+    """The model's own predictions in one batch: N scored tokens."""
+
+    scored: Tensor
+    """bool [B, S − 1]: whether the next token is scored."""
+    labels: Tensor
+    """[N]."""
+    log_p: Tensor
+    """[N, V]."""
+
+
+def scored_tokens(batch: EncodedBatch, roles: Tensor) -> Tensor:
+    """The tokens whose prediction is scored, bool [B, S]; roles [B, S].
+
+    Of a chat sample those of its last answer with the end-of-turn token (none without an answer),
+    of plain text all but the first.
+    """
+    present = roles != Role.PAD
+    scored = present & (present.cumsum(1) > 1)
+    chat = torch.tensor([sample.kind != "text" for sample in batch.samples])
+    if bool(chat.any()):
+        mask = batch.answer_mask
+        assert mask is not None  # batches are encoded with answers here
+        scored[chat] = mask[chat]
+    return scored
+
+
+def _check_finite(table: TokenTable, model: VLMReplacementModel) -> None:
+    for what, values in (("input", table.x), ("output", table.y)):
+        bad = (~values.isfinite()).flatten(1).any(1).nonzero()
+        if len(bad):
+            name = model.clt.cfg.hookpoints[int(bad[0])]
+            raise UserError(
+                f"the {what} of {name} has NaN or infinite values: the model overflows in its "
+                "dtype (try --dtype float32) or its weights are broken"
+            )
+
+
+def _figures(
+    model: VLMReplacementModel,
+    cfg: EvaluateConfig,
+    source: SampleSource,
+    sums: _Sums,
+    answers: AnswerCounts,
+) -> Figures:
+    predictions, clt = sums.predictions, model.clt.cfg
+    layers = sums.layers
+    by_arm = {arm: layers.by_group(layers.fvu(arm)) for arm in ARMS}
+    rows = zip(
+        clt.hookpoints,
+        by_arm[ARMS[0]],
+        by_arm[ARMS[1]],
+        layers.by_group(layers.l0()),
+        layers.dead().tolist(),
+        strict=True,
+    )
+    own = predictions["model"].cross_entropy
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model.loaded.name,
+        "clt": cfg.clt,
+        "dataset": source.name,
+        "split": source.cfg.split,
+        "n_samples": sums.samples,
+        "skipped": source.bad,
+        "tokens": {n: int(sums.roles[r]) for n, r in ROLE_NAMES.items() if r != Role.PAD},
+        "excluded_tokens": sums.excluded,
+        "scored_tokens": predictions["model"].tokens,
+        "layers": [
+            {
+                "hookpoint": name,
+                "fvu": full,
+                "fvu_same_layer_only": same,
+                "l0": l0,
+                "dead": finite(dead),
+            }
+            for name, full, same, l0, dead in rows
+        ],
+        "mean_fvu": mean_over_layers(by_arm["full"]),
+        "mean_fvu_same_layer_only": mean_over_layers(by_arm["same_layer_only"]),
+        "baseline": {
+            "cross_entropy": own,
+            "zero_ablated_cross_entropy": predictions["zero"].cross_entropy,
+            "mean_ablated_cross_entropy": predictions["mean"].cross_entropy,
+            "exact_match": answers.exact_match("model"),
+        },
+        "replacement": {arm: _arm_figures(arm, predictions, answers) for arm in ARMS},
+    }
+
+
+def _arm_figures(arm: str, predictions: dict[str, Predictions], answers: AnswerCounts) -> Figures:
+    arm = arm if arm in predictions else "full"
+    found, own = predictions[arm], predictions["model"].cross_entropy
+    ce = found.cross_entropy
+    return {
+        "cross_entropy": ce,
+        "kl": found.kl,
+        "top1_match": found.top1_match,
+        "ce_recovered_zero": recovered(ce, predictions["zero"].cross_entropy, own),
+        "ce_recovered_mean": recovered(ce, predictions["mean"].cross_entropy, own),
+        "exact_match": answers.exact_match(arm),
+        "changed_of_correct": answers.changed_of_correct(arm),
+        "n_correct": answers.n_correct(),
+    }
