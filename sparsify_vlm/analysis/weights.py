@@ -9,17 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Sequence
 
     from sparsify_vlm.coders import Clt
 
 
-def decoder_norms(clt: Clt, sigma: Tensor) -> list[list[float | None]]:
+def decoder_norms(clt: Clt, sigma: Sequence[float]) -> list[list[float | None]]:
     """Mean over latents of ‖W_{s→t}[i]‖ / σ_t, as [source layer][target layer].
 
     Args:
         clt: a cross-layer transcoder of L layers.
-        sigma: [L], the standard deviation σ_t of each target.
+        sigma: the standard deviation σ_t of each of the L targets.
 
     Returns:
         L × L numbers; None where the source does not write to the target.

@@ -115,6 +115,10 @@ class ShapesDataset:
             "id": f"shapes-{self.split}-{self.seed}-{index}",
         }
 
+    def scene(self, index: int) -> Scene:
+        """The scene of row `index`, without rendering it."""
+        return self._draw(index)[0]
+
     def question(self, index: int) -> Question:
         """The question of row `index`, with the indices of the objects it asks about."""
         return self._draw(index)[1]

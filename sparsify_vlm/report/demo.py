@@ -1,0 +1,206 @@
+"""The demo's report, from the files that the demo's stages left in one folder.
+
+demo.json                       settings, stages with their seconds, versions
+{clt,plt}/metrics.jsonl         training
+{clt,plt}.eval.json             evaluations
+{clt,plt}.answers.jsonl         generated answers, one line per held-out question
+decoders.json                   mean decoder norms by σ of the target
+concepts.json, pictures/        latents of colours and shapes, scenes
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsify_vlm.errors import UserError
+from sparsify_vlm.report import figures
+from sparsify_vlm.report.html import number, percent, png_uri, svg, write_page
+
+CODERS = {
+    "clt": "cross-layer",
+    "same": "same-layer only",
+    "plt": "per-layer",
+}
+TYPES = ("colour", "shape", "count", "existence")
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into `folder` and return its path.
+
+    Raises `UserError` when a file of a stage is missing.
+    """
+    demo = _read(folder / "demo.json")
+    evaluations = {name: _read(folder / f"{name}.eval.json") for name in ("clt", "plt")}
+    metrics = {name: _lines(folder / name / "metrics.jsonl") for name in ("clt", "plt")}
+    settings = demo["settings"]
+    path = folder / "report.html"
+    write_page(
+        path,
+        "demo.html.j2",
+        title="A cross-layer transcoder of tiny-llava",
+        subtitle=_subtitle(settings, evaluations["clt"]),
+        k=settings["k"],
+        cards=_cards(evaluations["clt"], metrics["clt"], demo["stages"]),
+        examples=_examples(folder),
+        n_heldout=evaluations["clt"]["n_samples"],
+        table=_table(evaluations),
+        figures={
+            "fvu_by_layer": svg(figures.fvu_by_layer(_fvu_by_layer(evaluations))),
+            "training": svg(
+                figures.training_curves({CODERS[name]: lines for name, lines in metrics.items()})
+            ),
+            "heatmap": svg(
+                figures.decoder_heatmap(_read(folder / "decoders.json")["mean_norm_by_sigma"])
+            ),
+        },
+        concepts=_concepts(folder),
+        stages=demo["stages"],
+        commands=_commands(settings),
+        versions=", ".join(f"{name} {number}" for name, number in demo["versions"].items()),
+    )
+    return path
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not there; run the demo to its end first") from error
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not there; run the demo to its end first") from error
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _subtitle(settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
+    return (
+        f"tiny-llava is a small vision-language model that answers questions about pictures of "
+        f"coloured shapes. A transcoder with {settings['num_latents']} latents in each of "
+        f"{len(evaluation['layers'])} layers, at most {settings['k']} of them active on a token, was "
+        f"trained for {settings['steps']} steps to write what the model's MLPs write, each latent to "
+        "its own and to all later layers."
+    )
+
+
+def _cards(
+    evaluation: dict[str, Any], metrics: list[dict[str, Any]], stages: list[dict[str, Any]]
+) -> list[dict[str, str]]:
+    fvu, full = evaluation["mean_fvu"], evaluation["replacement"]["full"]
+    dead = [layer["dead"] for layer in evaluation["layers"] if layer["dead"] is not None]
+    kept = 1 - full["changed_of_correct"]["all"]
+    seconds = sum(stage["seconds"] for stage in stages)
+    return [
+        {"value": percent(kept), "label": "of the model's right answers survive the replacement"},
+        {"value": number(fvu["image"]), "label": "FVU on image tokens, mean over layers"},
+        {"value": number(fvu["text"]), "label": "FVU on text tokens, mean over layers"},
+        {"value": percent(1 - sum(dead) / len(dead), 0), "label": "of the latents are alive"},
+        {"value": f"{metrics[-1]['tokens'] / 1e6:.1f} M", "label": "tokens trained on"},
+        {"value": f"{seconds / 60:.1f} min", "label": "for everything on this page"},
+    ]
+
+
+def _examples(folder: Path) -> list[dict[str, Any]]:
+    clt, plt = (_lines(folder / f"{name}.answers.jsonl") for name in ("clt", "plt"))
+    pictures = sorted((folder / "pictures").glob("scene-*.png"))
+    return [
+        {
+            "id": a["id"],
+            "image": png_uri(picture.read_bytes()),
+            "question": a["question"],
+            "truth": a["truth"],
+            "answers": [
+                _answer("the model", a, "model"),
+                _answer(CODERS["clt"], a, "full"),
+                _answer(CODERS["same"], a, "same_layer_only"),
+                _answer(CODERS["plt"], b, "full"),
+            ],
+        }
+        for picture, a, b in zip(pictures, clt, plt, strict=False)
+    ]
+
+
+def _answer(name: str, line: dict[str, Any], arm: str) -> dict[str, Any]:
+    return {"name": name, "text": line["answers"][arm], "right": line["right"][arm]}
+
+
+def _arms(evaluations: dict[str, Any]) -> list[tuple[str, str, dict[str, Any], str]]:
+    """(heading, evaluation's fvu key, evaluation, replacement arm) of each compared system."""
+    return [
+        ("cross-layer (CLT)", "mean_fvu", evaluations["clt"], "full"),
+        ("CLT, same-layer only", "mean_fvu_same_layer_only", evaluations["clt"], "same_layer_only"),
+        ("per-layer (PLT)", "mean_fvu", evaluations["plt"], "full"),
+    ]
+
+
+def _table(evaluations: dict[str, Any]) -> dict[str, Any]:
+    """The systems side by side: the model itself, and the three replacements."""
+    arms = _arms(evaluations)
+    own = evaluations["clt"]["baseline"]
+    replacements = [e["replacement"][arm] for _, _, e, arm in arms]
+
+    def row(label: str, model: str, cells: list[str]) -> dict[str, Any]:
+        return {"label": label, "cells": [model, *cells]}
+
+    rows = [
+        row(f"FVU, {role} tokens", "0", [number(e[key][role]) for _, key, e, _ in arms])
+        for role in ("image", "text")
+    ]
+    for label, key, model in (
+        ("cross-entropy of the answer (nats)", "cross_entropy", number(own["cross_entropy"])),
+        ("cross-entropy recovered", "ce_recovered_mean", "1"),
+        ("KL from the model (nats)", "kl", "0"),
+    ):
+        rows.append(row(label, model, [number(r[key]) for r in replacements]))
+    rows.append(
+        row("same top token", percent(1.0), [percent(r["top1_match"]) for r in replacements])
+    )
+    rows.append(
+        row(
+            "exact answers",
+            percent(own["exact_match"]["all"]),
+            [percent(r["exact_match"]["all"]) for r in replacements],
+        )
+    )
+    for kind in TYPES:
+        lost = [percent(r["changed_of_correct"].get(kind)) for r in replacements]
+        rows.append(row(f"answers lost, {kind}", percent(0.0), lost))
+    return {"columns": ["the model", *(heading for heading, *_ in arms)], "rows": rows}
+
+
+def _fvu_by_layer(evaluations: dict[str, Any]) -> dict[str, dict[str, list[float | None]]]:
+    keys = (("clt", "fvu"), ("clt", "fvu_same_layer_only"), ("plt", "fvu"))
+    return {
+        heading: {
+            role: [layer[key][role] for layer in evaluations[coder]["layers"]]
+            for role in ("image", "text")
+        }
+        for (coder, key), (heading, *_) in zip(keys, _arms(evaluations), strict=True)
+    }
+
+
+def _concepts(folder: Path) -> list[dict[str, Any]]:
+    rows = _read(folder / "concepts.json")
+    for row in rows:
+        row["images"] = [
+            png_uri((folder / "pictures" / name).read_bytes()) for name in row["images"]
+        ]
+    return sorted(rows, key=lambda row: -row["f1"])
+
+
+def _commands(settings: dict[str, Any]) -> list[str]:
+    s = settings
+    return [
+        "python scripts/capture_activations.py --model tiny-llava --dataset shapes "
+        f"--data_args size={s['train_scenes']} --n_targets 8 --output_dir activations",
+        "python -m sparsify tiny-llava --transcode --cross_layer 8 --activations activations "
+        f"--num_latents {s['num_latents']} --k {s['k']} --optimizer adam --lr {s['lr']:g} "
+        f"--lr_warmup_steps 20 --batch_tokens {s['batch_tokens']} --max_steps {s['steps']} "
+        "--epochs 1000 --run_name clt",
+        "sparsify-vlm evaluate checkpoints/clt shapes --split heldout",
+    ]
