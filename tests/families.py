@@ -27,6 +27,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from sparsify_vlm.models import LoadedModel, load_model
+from sparsify_vlm.models.processors import image_only
 
 N_LAYERS, D_MODEL = 3, 32
 WORDS = "what colour is the thing in this picture ? it red green blue and a User: Assistant: . :"
@@ -144,10 +145,8 @@ def _llava_next() -> tuple[Any, Any]:
 
 
 def _without_video(name: str) -> Any:
-    """The processor class as `load_model` builds it where torchvision is missing."""
-    from sparsify_vlm.models.processors import _image_only
-
-    return _image_only(name)
+    """The processor class as `load_model` builds it: for images only."""
+    return image_only(name) or getattr(tf, name)
 
 
 def _llava_onevision() -> tuple[Any, Any]:
@@ -292,15 +291,13 @@ def _smolvlm(name: str) -> tuple[Any, Any]:
     images = getattr(tf, f"{name}ImageProcessorPil")(
         size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
     )
-    kind = _without_video(f"{name}Processor") or getattr(tf, f"{name}Processor")
+    kind = _without_video(f"{name}Processor")
     video = [None] if name == "SmolVLM" else []
     processor = kind(images, tok, *video, image_seq_len=4)
     return getattr(tf, f"{name}ForConditionalGeneration")(config), processor
 
 
 def _mistral3() -> tuple[Any, Any]:
-    from sparsify_vlm.models.pixtral import PixtralProcessor
-
     tok = tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
     config = tf.Mistral3Config(
         vision_config=vision(tf.PixtralVisionConfig, image_size=64, patch_size=4),
@@ -309,7 +306,7 @@ def _mistral3() -> tuple[Any, Any]:
         spatial_merge_size=2,
     )
     images = tf.PixtralImageProcessorPil(patch_size=8, size={"longest_edge": 40})
-    processor = PixtralProcessor(images, tok, patch_size=4, spatial_merge_size=2)
+    processor = _without_video("PixtralProcessor")(images, tok, patch_size=4, spatial_merge_size=2)
     return tf.Mistral3ForConditionalGeneration(config), processor
 
 

@@ -91,8 +91,15 @@ class LoadedModel:
         """
         self.stack.layout.check(inputs)
         extra = {} if logits or not self._keeps_logits else {"logits_to_keep": 1}
-        with torch.no_grad():
-            return self.model(**self.to_device(inputs), use_cache=False, **extra)
+        try:
+            with torch.no_grad():
+                return self.model(**self.to_device(inputs), use_cache=False, **extra)
+        except ValueError as error:  # families whose grid `ImageLayout` does not know
+            if "image tokens do not match" not in str(error):
+                raise
+            raise UserError(
+                f"image tokens were cut off or added; raise --ctx_len: {error}"
+            ) from error
 
 
 def load_model(

@@ -1,8 +1,9 @@
 """Loading a model's processor, with or without torchvision.
 
-transformers' processors for Qwen-VL, LLaVA-OneVision, InternVL and SmolVLM include a video
-processor, and Pixtral's an import, that need torchvision. Images need neither: without torchvision
-they are processed with Pillow, and a processor is built that takes images and text only.
+Processors are built to take images and text only: those of Qwen-VL, LLaVA-OneVision, InternVL and
+SmolVLM otherwise bring a video processor, which needs torchvision, and so does an import of
+Pixtral's. Images are prepared by transformers' default backend: torchvision if it is installed,
+else Pillow (their pixels differ in the last bits).
 """
 
 from __future__ import annotations
@@ -23,12 +24,9 @@ def load_processor(path: str, config: Any, source: Mapping[str, Any]) -> Any:
 
     if getattr(config, "vision_config", None) is None:
         return AutoTokenizer.from_pretrained(path, **source)
-    if is_torchvision_available():
-        return AutoProcessor.from_pretrained(path, **source)
-    kind = _image_only(_processor_class(config))
-    if kind is None:
-        return AutoProcessor.from_pretrained(path, backend="pil", **source)
-    return kind.from_pretrained(path, backend="pil", **source)
+    kind = image_only(_processor_class(config)) or AutoProcessor
+    backend = {} if is_torchvision_available() else {"backend": "pil"}
+    return kind.from_pretrained(path, **backend, **source)
 
 
 def _processor_class(config: Any) -> str:
@@ -37,12 +35,15 @@ def _processor_class(config: Any) -> str:
     return PROCESSOR_MAPPING_NAMES.get(config.model_type, "")
 
 
-def _image_only(name: str) -> Any | None:
-    """The processor class `name` without its video processor; None where it has none."""
-    import transformers
-    from transformers.utils import is_num2words_available
+def image_only(name: str) -> Any | None:
+    """The processor class `name` without its video processor; None where it can be used as it is.
 
-    if name == "PixtralProcessor":
+    Raises `UserError` where a package is missing that even images need.
+    """
+    import transformers
+    from transformers.utils import is_num2words_available, is_torchvision_available
+
+    if name == "PixtralProcessor" and not is_torchvision_available():
         from sparsify_vlm.models.pixtral import PixtralProcessor
 
         return PixtralProcessor

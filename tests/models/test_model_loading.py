@@ -242,3 +242,25 @@ def test_unknown_dtype(llama: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_where_there_is_none(llama: Path) -> None:
     assert "torch sees no CUDA device" in refusal(str(llama), "cuda")
+
+
+def test_processors_take_no_videos() -> None:
+    for name in ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl", "smolvlm"):
+        assert not hasattr(shared(name).processor, "video_processor")
+        assert type(shared(name).processor).__name__ in dir(tf)
+
+
+def test_smolvlm_without_num2words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = build("smolvlm", tmp_path)
+    monkeypatch.setattr("transformers.utils.is_num2words_available", lambda: False)
+    assert "pip install num2words" in refusal(str(folder))
+
+
+def test_processor_without_chat_template_or_with_one(tmp_path: Path) -> None:
+    """A chat template saved beside the processor comes back with it."""
+    folder = build("llava", tmp_path)
+    processor = load_model(str(folder)).processor
+    assert processor.chat_template is None
+    processor.chat_template = "{{ messages[0]['content'] }}"
+    processor.save_pretrained(folder)
+    assert load_model(str(folder)).processor.chat_template == processor.chat_template

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.models import ROLE_NAMES, LoadedModel, Role
+from sparsify_vlm.models.patches import _FAMILIES as FAMILIES_WITH_GRID
 from sparsify_vlm.models.patches import unpadded_grid
 from sparsify_vlm.models.roles import image_token_id
 
@@ -247,6 +248,18 @@ def test_cut_image_tokens_are_refused_before_the_model_runs(name: str) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="image tokens"):
         loaded.stack.patches(cut)
+
+
+def test_family_without_a_known_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No patches then, and the model's own check of the number of image tokens in one line."""
+    loaded = shared("llava")
+    inputs = example(loaded)
+    monkeypatch.delitem(FAMILIES_WITH_GRID, "llava")
+    assert (loaded.stack.patches(inputs) == -1).all()
+    cut = {k: v if k == "pixel_values" else v[:, :12] for k, v in inputs.items()}
+    with pytest.raises(UserError, match="image tokens were cut off or added") as caught:
+        loaded.forward(cut)
+    assert "\n" not in str(caught.value)
 
 
 def test_image_tokens_without_an_image_are_refused() -> None:
