@@ -22,9 +22,9 @@ class TokenTable:
     """
 
     x: Tensor
-    """What the coders read, [L, T, d], in the model's dtype."""
+    """What the coders read, [L, T, d], in the model's dtype unless another was asked for."""
     y: Tensor
-    """What the MLP blocks write, [L, T, d], in the model's dtype."""
+    """What the MLP blocks write, [L, T, d], in the same dtype."""
     input_ids: Tensor
     """[T] int32."""
     position: Tensor
@@ -63,10 +63,12 @@ def record_tokens(
     input_site: InputSite = "mlp_in",
     layers: Iterable[int] | None = None,
     logits: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> TokenTable:
     """Run the model on a processor's batch and tabulate x and y of all `layers` (None: every one).
 
-    Raises `UserError` when image tokens are missing from the batch.
+    x and y are in `dtype`, by default the model's. Raises `UserError` when image tokens are missing
+    from the batch.
     """
     inputs = loaded.to_device(inputs)
     stack = loaded.stack
@@ -75,7 +77,7 @@ def record_tokens(
     roles = stack.roles(inputs)
     kept = (roles != Role.PAD).flatten().nonzero()[:, 0]
     shape = (len(chosen), len(kept), stack.d_model)
-    x = torch.empty(shape, dtype=loaded.dtype, device=loaded.device)
+    x = torch.empty(shape, dtype=dtype or loaded.dtype, device=loaded.device)
     y = torch.empty_like(x)
 
     def write(layer: int, x_layer: Tensor, y_layer: Tensor) -> None:
