@@ -1,0 +1,385 @@
+"""Writing an activation store in a thread, so that it can be cut off at any moment and continued.
+
+A shard is closed by the first batch with which it reaches `shard_tokens`: its borders depend on the
+batches alone; its two files are written, flushed and renamed; then its line is appended to
+`shards.jsonl`. What is not in a line does not exist: a continued capture drops torn lines and
+temporary files and starts at the first batch that no line counts.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsify_vlm.data.store_format import (
+    ABOUT_PROGRESS,
+    FORMAT,
+    MANIFEST,
+    SHARD_FORMAT,
+    SHARDS,
+    UNKNOWN_ROLE,
+    VERSION,
+    Shard,
+    read_manifest,
+    read_shards,
+    shard_name,
+    tensor_path,
+    write_tensor_file,
+)
+from sparsify_vlm.errors import UserError
+from sparsify_vlm.files import write_atomically, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOKEN_AXIS = {"x": 1, "y": 1}
+"""Of the tensors that have layers before tokens; the others have tokens first."""
+
+
+@dataclass
+class TokenRows:
+    """The tokens of one batch, on the CPU and contiguous; L layers, T tokens (T may be 0).
+
+    x, y: [L, T, d_model]; input_ids, position, sample [T] int32 (sample counts within the batch);
+    role [T] uint8; patch [T, 2] int16. `samples` are the samples' ids, `skipped` those left out as
+    "id: reason", `ready` waits until the tensors are filled (copies from a GPU).
+    """
+
+    x: Tensor
+    y: Tensor
+    input_ids: Tensor
+    position: Tensor
+    sample: Tensor
+    role: Tensor
+    patch: Tensor
+    samples: list[str]
+    skipped: list[str] = field(default_factory=list)
+    ready: Callable[[], None] = lambda: None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class StoreWriter:
+    """Writes the batches it is given, in order, in a thread of its own; a context manager.
+
+    `manifest` says what is captured: everything but `ABOUT_PROGRESS`. After entering, `batches`
+    is the number of batches that are already stored, `complete` whether nothing is left to do.
+    Up to three shards are in memory: one being filled, one waiting, one being written.
+
+    Entering raises `UserError` if the folder holds anything but a capture with the same manifest,
+    or is being written to by another process. `add` and `finish` raise what the thread met: an
+    `OSError`, or `UserError` for values that are not finite.
+    """
+
+    def __init__(self, path: str | Path, manifest: dict[str, Any], shard_tokens: int) -> None:
+        self.path = Path(path)
+        self.manifest = {"format": FORMAT, "version": VERSION, **manifest}
+        self.shard_tokens = shard_tokens
+        self.shards: list[Shard] = []
+        self.complete = False
+        self._filling: list[TokenRows] = []
+        self._waiting: queue.Queue[list[TokenRows] | None] = queue.Queue(1)
+        self._error: Exception | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="shard writer")
+        self._started = datetime.now(timezone.utc)
+
+    @property
+    def batches(self) -> int:
+        """Batches in finished shards."""
+        return sum(shard.batches for shard in self.shards)
+
+    @property
+    def samples(self) -> int:
+        """Samples in finished shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in finished shards."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def skipped(self) -> list[str]:
+        """Samples left out of the finished shards."""
+        return [reason for shard in self.shards for reason in shard.skipped]
+
+    def __enter__(self) -> StoreWriter:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path)
+        try:
+            self._open()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._stop.set()
+        self._waiting.put(None)
+        self._thread.join()
+        os.close(self._lock)
+
+    def add(self, batch: TokenRows) -> None:
+        """Store a batch. Waits only while a whole shard is waiting for the disk."""
+        self._filling.append(batch)
+        if sum(map(len, self._filling)) >= self.shard_tokens:
+            self._hand_over()
+
+    def finish(self) -> None:
+        """Write what is left and declare the store complete. Raises `UserError` if it is empty."""
+        left_out = [reason for batch in self._filling for reason in batch.skipped]
+        if any(map(len, self._filling)):
+            self._hand_over()
+            left_out = []
+        self._waiting.join()
+        self._raise()
+        if not self.shards:
+            raise UserError(f"nothing was captured into {self.path}: no sample could be used")
+        self._write_manifest(True, [*self.skipped, *left_out])
+        self.complete = True
+
+    def _hand_over(self) -> None:
+        self._raise()
+        self._waiting.put(self._filling)
+        self._filling = []
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (batches := self._waiting.get()) is not None:
+            try:
+                if self._error is None and not self._stop.is_set():
+                    self._write_shard(batches)
+            except Exception as error:  # noqa: BLE001 - raised again in the thread that adds
+                self._error = error
+            finally:
+                del batches
+                self._waiting.task_done()
+
+    def _write_shard(self, batches: list[TokenRows]) -> None:
+        first = self.batches
+        for number, batch in enumerate(batches, first):
+            batch.ready()
+            self._check_finite(batch, number)
+        name, tables = shard_name(len(self.shards)), _tables(batches, self.samples)
+        ids = [id for batch in batches for id in batch.samples]
+        digests = {}
+        for kind, pieces in tables.items():
+            about = {"sample_ids": ids} if kind == "x" else {}
+            digests[kind] = self._write_file(name, kind, pieces, about)
+        shard = Shard(
+            name=name,
+            batches=len(batches),
+            samples=len(ids),
+            tokens=sum(map(len, batches)),
+            roles=_count_roles(batches),
+            skipped=[reason for batch in batches for reason in batch.skipped],
+            sha256=digests,
+        )
+        _append(self.path / SHARDS, shard.line())
+        self.shards = [*self.shards, shard]
+
+    def _write_file(
+        self, shard: str, kind: str, pieces: dict[str, list[Tensor]], about: dict[str, Any]
+    ) -> str:
+        metadata = {"format": SHARD_FORMAT, "version": str(VERSION)}
+        metadata |= {key: json.dumps(value, ensure_ascii=False) for key, value in about.items()}
+        axes = {name: TOKEN_AXIS.get(name, 0) for name in pieces}
+        digest = ""
+
+        def write(temporary: Path) -> None:
+            nonlocal digest
+            digest = write_tensor_file(temporary, pieces, axes, metadata)
+
+        write_atomically(tensor_path(self.path, shard, kind), write)
+        return digest
+
+    def _check_finite(self, batch: TokenRows, number: int) -> None:
+        import torch
+
+        if not len(batch):
+            return
+        for kind, values in (("x", batch.x), ("y", batch.y)):
+            bounds = torch.stack(values.flatten(1).aminmax(dim=1))
+            finite = bounds.isfinite().all(0)
+            if not bool(finite.all()):
+                layer = self.manifest[f"{kind}_layers"][int((~finite).nonzero()[0, 0])]
+                raise UserError(
+                    f"{kind} of {self.manifest['hookpoints'][layer]} in batch {number} (samples "
+                    f"{batch.samples[0]} to {batch.samples[-1]}) holds NaN or infinity: run the "
+                    "model in another dtype"
+                )
+
+    def _open(self) -> None:
+        """Read what stands there, or begin. Raises `UserError` if it is something else."""
+        if not (self.path / MANIFEST).exists():
+            others = [p.name for p in self.path.iterdir() if not _is_temporary(p)]
+            if others:
+                raise UserError(
+                    f"{self.path} is not empty and holds no capture (it has {others[0]}): choose "
+                    "another folder"
+                )
+            _drop_unfinished(self.path)
+            self._write_manifest(False, [])
+            return
+        there = read_manifest(self.path)
+        self._refuse_another(there)
+        self.complete = bool(there["complete"])
+        self._started = datetime.fromisoformat(there["times"]["started"])
+        if not self.complete:
+            _drop_unfinished(self.path)
+        self.shards = read_shards(self.path)
+
+    def _refuse_another(self, there: dict[str, Any]) -> None:
+        keys = dict.fromkeys([*self.manifest, *there])
+        for key in keys:
+            ours, theirs = self.manifest.get(key), there.get(key)
+            if key not in ABOUT_PROGRESS and ours != theirs:
+                raise UserError(
+                    f"{self.path} already holds another capture: {_difference(key, theirs, ours)}; "
+                    "choose another folder"
+                )
+
+    def _write_manifest(self, complete: bool, skipped: list[str]) -> None:
+        roles: dict[str, int] = {}
+        for shard in self.shards:
+            for role, n in shard.roles.items():
+                roles[role] = roles.get(role, 0) + n
+        ended = datetime.now(timezone.utc).isoformat(timespec="seconds") if complete else None
+        progress = {
+            "complete": complete,
+            "shards": len(self.shards),
+            "samples": self.samples,
+            "tokens": {"all": self.tokens, **roles},
+            "skipped": skipped,
+            "times": {"started": self._started.isoformat(timespec="seconds"), "ended": ended},
+        }
+        write_json(self.path / MANIFEST, {**self.manifest, **progress})
+
+
+@contextmanager
+def disk_errors_told(writer: StoreWriter) -> Iterator[None]:
+    """Turn a full disk into a `UserError` that says what is safe and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no space left on the disk of {writer.path}; its {len(writer.shards)} finished shards "
+            "are intact: make room and run the same command again, it continues there"
+        ) from error
+
+
+def _lock(folder: Path) -> int:
+    """An open descriptor that keeps other writers out of `folder` until it is closed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"another process is capturing into {folder}: wait for it") from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def _drop_unfinished(folder: Path) -> None:
+    """Remove what a kill can leave: temporary files, and a line without its end."""
+    for path in folder.iterdir():
+        if _is_temporary(path):
+            path.unlink()
+    lines = folder / SHARDS
+    if not lines.exists():
+        return
+    text = lines.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        with lines.open("r+b") as file:
+            file.truncate(len(whole))
+            os.fsync(file.fileno())
+
+
+def _append(path: Path, line: str) -> None:
+    new = not path.exists()
+    size = 0 if new else path.stat().st_size
+    with path.open("ab") as file:
+        try:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:  # a full disk may have taken half of the line
+            file.truncate(size)
+            raise
+    if new:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _tables(batches: list[TokenRows], samples: int) -> dict[str, dict[str, list[Tensor]]]:
+    """The tensors of a shard's two files, in pieces; samples counted through the store."""
+    numbers = []
+    for batch in batches:
+        numbers.append(batch.sample + samples if len(batch.samples) else batch.sample)
+        samples += len(batch.samples)
+    return {
+        "x": {
+            "x": [batch.x for batch in batches],
+            "input_ids": [batch.input_ids for batch in batches],
+            "position": [batch.position for batch in batches],
+            "sample": numbers,
+            "patch": [batch.patch for batch in batches],
+            "role": [batch.role for batch in batches],
+        },
+        "y": {"y": [batch.y for batch in batches]},
+    }
+
+
+def _count_roles(batches: list[TokenRows]) -> dict[str, int]:
+    from sparsify_vlm.models import ROLE_NAMES
+
+    names = {int(role): name for name, role in ROLE_NAMES.items() if name != "pad"}
+    names[UNKNOWN_ROLE] = "unknown"
+    counts = {role: sum(int((b.role == role).sum()) for b in batches) for role in names}
+    return {names[role]: n for role, n in counts.items() if n or role != UNKNOWN_ROLE}
+
+
+def _difference(key: str, theirs: Any, ours: Any) -> str:
+    """Which key differs, down to the first differing entry of a mapping."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        inner = next(k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k))
+        return _difference(f"{key} {inner}", theirs.get(inner), ours.get(inner))
+    return f"{key} {_short(theirs)} there, {_short(ours)} asked for"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
