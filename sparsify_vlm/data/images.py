@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,7 @@ class ImageRef:
         if self.image is not None:
             image = self.image.copy()
         else:
-            _raise_pillows_limit(max_pixels)
+            _pillows_limit(max_pixels)
             image = Image.open(io.BytesIO(self._read()))
         if image.width * image.height > max_pixels:
             raise BadImage(f"({image.width} × {image.height}) {_too_large(max_pixels)}")
@@ -101,10 +102,14 @@ def _first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _raise_pillows_limit(max_pixels: int) -> None:
-    """Let Pillow open what `max_pixels` allows; its limit is global to the process."""
+def _pillows_limit(max_pixels: int) -> None:
+    """Let Pillow open what `max_pixels` allows; its limit is global to the process.
+
+    Its warning between that limit and its double is silenced: those images are refused here.
+    """
     from PIL import Image
 
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
 

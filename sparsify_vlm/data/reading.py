@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +155,7 @@ def open_local(path: Path, cfg: DataConfig, arguments: dict[str, Any]) -> Rows |
     tables = {p.suffix for p in files} & (TABLES.keys() - {".txt"})
     json_files = [p for p in files if p.suffix in JSON_SUFFIXES]
     if tables or len(json_files) > 1:
-        return _load(str(path), path.name, cfg, arguments, path)
+        return _load(str(path.resolve()), path.name, cfg, arguments, path)
     if json_files:
         return _own(read_json(json_files[0]), cfg)
     images = read_image_folder(part)
@@ -212,7 +213,8 @@ def _load(
     from datasets import load_dataset
 
     try:
-        found = load_dataset(source, split=cfg.split, streaming=cfg.streaming, **arguments)
+        with _quiet():
+            found = load_dataset(source, split=cfg.split, streaming=cfg.streaming, **arguments)
     # What load_dataset raises for a missing, gated, offline, damaged or misnamed dataset:
     # OSError (DatasetNotFoundError, ConnectionError, Hub errors) and ValueError (splits, configs).
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
@@ -220,6 +222,19 @@ def _load(
     if cfg.streaming:
         return _stream(name, found, cfg)
     return _table(name, found, root, cfg)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without `datasets`' log of an error that is about to be told in one line."""
+    from datasets import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _cannot_load(name: str, cfg: DataConfig, error: Exception) -> str:
@@ -266,8 +281,12 @@ def _identity(name: str, dataset: Dataset, cfg: DataConfig) -> str:
 
 
 def _stream(name: str, dataset: IterableDataset, cfg: DataConfig) -> Stream:
+    import datasets
+
     dataset = _undecoded(dataset)
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if cfg.shuffle_seed >= 0:
         dataset = dataset.shuffle(seed=cfg.shuffle_seed, buffer_size=SHUFFLE_BUFFER)
-    return Stream(name, dataset, list(columns), f"{name} {cfg.data_args} {cfg.split}")
+    # Which order a seed gives a stream is up to the version of `datasets`.
+    identity = f"{name} {cfg.data_args} {cfg.split} datasets {datasets.__version__}"
+    return Stream(name, dataset, list(columns), identity)
