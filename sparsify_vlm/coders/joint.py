@@ -70,18 +70,24 @@ class _Source:
     grad: Tensor  # of the loss by latents.values
 
 
-def target_variance(y: Layers, mean_y: Layers | None = None) -> Tensor:
-    """[L] float64: Σ‖y_t − mean_y[t]‖² over tokens; without `mean_y` about these tokens' mean."""
+def target_variance(
+    y: Layers, mean_y: Layers | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """[L] float64: Σ‖y_t − mean_y[t]‖² over tokens; without `mean_y` about these tokens' mean.
+
+    Differences are taken in `dtype`, one layer at a time.
+    """
     rows = []
     for t in range(len(y)):
-        mean = y[t].mean(0) if mean_y is None else mean_y[t].to(y[t])
-        rows.append((y[t] - mean).square().sum(dtype=torch.float64))
+        y_t = y[t].to(dtype)
+        mean = y_t.mean(0) if mean_y is None else mean_y[t].to(y_t)
+        rows.append((y_t - mean).square().sum(dtype=torch.float64))
     return torch.stack(rows)
 
 
 def _variance(clt: Clt, y: Layers, mean_y: Layers | None, variance: Tensor | None) -> Tensor:
     if variance is None:
-        variance = target_variance([y_t.to(clt.dtype) for y_t in y], mean_y)
+        variance = target_variance(y, mean_y, torch.promote_types(clt.dtype, torch.float32))
     written = variance[clt.cfg.target_offset :]
     if not bool((written > 0).all()):
         layer = clt.cfg.target_offset + int((~(written > 0)).nonzero()[0])

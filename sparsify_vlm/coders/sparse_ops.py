@@ -32,8 +32,9 @@ with warnings.catch_warnings():
 GROUPS = 8
 """Latents per group in the two-stage selection on a CPU."""
 
-DENSE_BELOW = {"cpu": 4.0, "cuda": 64.0}
-"""F / K below which the dense products are faster. docs/log.md has the measurements."""
+DENSE_BELOW = {"cpu": 3.0, "cuda": 50.0}
+"""F / K below which the dense products are taken: measured for CPUs (docs/log.md), an estimate for
+CUDA."""
 
 
 @dataclass
