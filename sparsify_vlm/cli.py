@@ -184,9 +184,8 @@ def _told_in_one_line(command: Command, debug: bool) -> Iterator[_Outcome]:
     except KeyboardInterrupt:
         hint = f"; {command.after_interrupt}" if command.after_interrupt else ""
         outcome.status = _fail(f"interrupted{hint}", INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        outcome.status = 1
+    except BrokenPipeError:
+        outcome.status = _output_unwanted()
     except Exception as error:
         line = _line_for(error)
         if debug or line is None:
@@ -232,9 +231,18 @@ def _only_first_rank_prints() -> Iterator[None]:
 
 
 def _print(text: str) -> int:
-    if _rank() == 0:
-        print(text.rstrip("\n"), flush=True)
+    try:
+        if _rank() == 0:
+            print(text.rstrip("\n"), flush=True)
+    except BrokenPipeError:
+        return _output_unwanted()
     return 0
+
+
+def _output_unwanted() -> int:
+    """The reader of our output has seen enough (`| head`): say nothing more, not even at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def _fail(what: object, status: int) -> int:

@@ -266,22 +266,25 @@ def test_overview_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> No
     assert "the command comes first" in capsys.readouterr().err
 
 
-def test_closed_pipe_is_quiet() -> None:
+@pytest.mark.parametrize("arguments", ["[]", "['--help']"])
+def test_closed_pipe_is_quiet(arguments: str) -> None:
     program = (
-        "import sys; from sparsify_vlm.cli import *; from dataclasses import dataclass\n"
+        "import sys, time; from sparsify_vlm.cli import *; from dataclasses import dataclass\n"
         "@dataclass\nclass C: k: int = 1\n"
         "def go(cfg):\n    for i in range(100000): print('x' * 100)\n"
-        "sys.exit(run_command(Command('', (), lambda: ({'cfg': C}, go)), [], 'p'))"
+        "print('ready', flush=True); sys.stdin.read()\n"
+        f"sys.exit(run_command(Command('', (), lambda: ({{'cfg': C}}, go)), {arguments}, 'p'))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait(60) == 1
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 1
 
 
 def test_overview_needs_no_torch() -> None:

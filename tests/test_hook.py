@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -231,12 +232,13 @@ def test_switched_off() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", ["--help", "no/such-model ds --k 4", "gpt2 ds --cross_layer 0"])
+@pytest.mark.parametrize("line", ["--help", "no/such-model ds --k 4"])
 def test_upstream_is_untouched(line: str, tmp_path: Path) -> None:
     """Same bytes and exit status as with the hook off; on a CPU, upstream's own errors."""
     command = [*SPARSIFY, *line.split()]
-    ours = run(command, tmp_path)
-    upstream = run(command, tmp_path, {"SPARSIFY_VLM_HOOK": "0"})
+    with ThreadPoolExecutor() as pool:
+        hook = ({"SPARSIFY_VLM_HOOK": "1"}, {"SPARSIFY_VLM_HOOK": "0"})
+        ours, upstream = pool.map(lambda environment: run(command, tmp_path, environment), hook)
     assert ours.stdout == upstream.stdout
     assert ours.stderr == upstream.stderr
     assert ours.returncode == upstream.returncode

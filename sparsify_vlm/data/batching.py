@@ -90,7 +90,8 @@ def _encode_usable(
 def prefetched(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
     """The same items, up to `depth` of them made ahead in a thread.
 
-    An exception in `items` is raised here at its place. Closing this iterator ends the thread.
+    An exception in `items` is raised here at its place. Closing this iterator ends the thread and
+    waits for the item that it is making.
     """
     ready: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(depth)
     closed = threading.Event()
@@ -111,8 +112,12 @@ def prefetched(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
             put((False, None))
         except BaseException as error:  # noqa: BLE001 - raised again by the consumer
             put((False, error))
+        finally:
+            if isinstance(items, Generator):
+                items.close()
 
-    threading.Thread(target=work, daemon=True, name="prefetch").start()
+    worker = threading.Thread(target=work, daemon=True, name="prefetch")
+    worker.start()
     try:
         while True:
             more, item = ready.get()
@@ -124,3 +129,5 @@ def prefetched(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
                 raise item  # type: ignore[misc]
     finally:
         closed.set()
+        # Ending the interpreter while the thread is inside a native library would abort it.
+        worker.join()
