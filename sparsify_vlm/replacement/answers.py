@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from sparsify_vlm.replacement.ablation import Ablation
 from sparsify_vlm.replacement.measures import AnswerCounts
@@ -13,7 +12,9 @@ from sparsify_vlm.replacement.measures import AnswerCounts
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from sparsify_vlm.data import EncodedBatch
+    from torch import Tensor
+
+    from sparsify_vlm.data import EncodedBatch, Sample
     from sparsify_vlm.models import LoadedModel
     from sparsify_vlm.replacement.model import VLMReplacementModel
 
@@ -41,11 +42,15 @@ def answer_samples(
     references: References,
     arms: Mapping[str, Ablation | None],
     counts: AnswerCounts,
-) -> None:
-    """Let the model and every arm answer a batch (padded on the left), and count who is right."""
+) -> list[dict[str, Any]]:
+    """Let the model and every arm answer a batch (padded on the left), and count who is right.
+
+    Returns a line per sample with a reference: id, type, question, truth, and by arm (`model` is
+    the model itself) the answer's text (None: it did not end) and whether it is right.
+    """
     asked = [row for row, id in enumerate(batch.ids) if id in references]
     if not asked:
-        return
+        return []
     longest = max(len(references[batch.ids[row]]) for row in asked)
     # One more for EOS: an answer that goes on is wrong however it goes on.
     options = generation_options(model.loaded, longest + 1)
@@ -54,14 +59,36 @@ def answer_samples(
     spliced = {
         arm: model.generate(ablate, **batch.inputs, **options) for arm, ablate in arms.items()
     }
+    lines = []
     for row in asked:
         want = references[batch.ids[row]]
+        given = {
+            arm: _answer(model.loaded, batch, ids[row], options["eos_token_id"])
+            for arm, ids in {"model": own, **spliced}.items()
+        }
+        right = {arm: ids == want for arm, ids in given.items()}
+        counts.add(batch.samples[row].type, right["model"], {arm: right[arm] for arm in spliced})
+        lines.append(_line(model.loaded, batch.samples[row], want, given) | {"right": right})
+    return lines
 
-        def right(ids: Tensor, row: int = row, want: tuple[int, ...] = want) -> bool:
-            return _answer(model.loaded, batch, ids[row], options["eos_token_id"]) == want
 
-        correct = {arm: right(ids) for arm, ids in spliced.items()}
-        counts.add(batch.samples[row].type, right(own), correct)
+def _line(
+    loaded: LoadedModel,
+    sample: Sample,
+    want: tuple[int, ...],
+    given: Mapping[str, tuple[int, ...] | None],
+) -> dict[str, Any]:
+    def text(ids: tuple[int, ...] | None) -> str | None:
+        return None if ids is None else loaded.tokenizer.decode(ids).strip()
+
+    questions = [turn.text.strip() for turn in sample.turns if turn.role == "user"]
+    return {
+        "id": sample.id,
+        "type": sample.type,
+        "question": questions[-1] if questions else None,
+        "truth": text(want),
+        "answers": {arm: text(ids) for arm, ids in given.items()},
+    }
 
 
 def generation_options(loaded: LoadedModel, max_new_tokens: int) -> dict[str, Any]:

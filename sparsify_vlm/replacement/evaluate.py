@@ -12,6 +12,7 @@ Sums are kept, never activations. docs/evaluate.md defines every figure.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
@@ -24,7 +25,7 @@ from torch import Tensor
 from sparsify_vlm.coders import load_clt
 from sparsify_vlm.data import DataConfig, EncodedBatch, batches, open_samples, prefetched
 from sparsify_vlm.errors import UserError
-from sparsify_vlm.files import write_json
+from sparsify_vlm.files import write_json, write_text
 from sparsify_vlm.models import ROLE_NAMES, Role, TokenTable, load_model, record_tokens
 from sparsify_vlm.progress import Progress
 from sparsify_vlm.replacement.ablation import Ablation
@@ -62,6 +63,9 @@ class EvaluateConfig(DataConfig):
 
     output: str = "eval.json"
     """File the figures are written to."""
+
+    answers: str | None = None
+    """File every generated answer is written to, a JSON line per sample. Default: none."""
 
     split: str = ""
     """Split to read. Default: heldout for shapes, validation for others."""
@@ -153,12 +157,15 @@ def measure(model: VLMReplacementModel, cfg: EvaluateConfig, *, quiet: bool = Fa
                 sums.add_mean_ablated(batch, means)
                 progress.update(len(batch))
     answers = AnswerCounts()
+    lines: list[dict[str, Any]] = []
     if sums.references:
         arms = {arm: ABLATIONS[arm] for arm in distinct_arms(model.clt.cfg)}
         with _progress("Answering", source, quiet) as progress:
             for batch in _batches(source, model, cfg, with_answer=False):
-                answer_samples(model, batch, sums.references, arms, answers)
+                lines += answer_samples(model, batch, sums.references, arms, answers)
                 progress.update(len(batch))
+    if cfg.answers is not None:
+        write_text(Path(cfg.answers), "".join(json.dumps(line) + "\n" for line in lines))
     return _figures(model, cfg, source, sums, answers)
 
 
@@ -307,6 +314,7 @@ def _figures(
         by_arm[ARMS[1]],
         layers.by_group(layers.l0()),
         layers.dead().tolist(),
+        layers.sigma().tolist(),
         strict=True,
     )
     own = predictions["model"].cross_entropy
@@ -329,8 +337,9 @@ def _figures(
                 "fvu_same_layer_only": same,
                 "l0": l0,
                 "dead": finite(dead),
+                "sigma": sigma,
             }
-            for name, full, same, l0, dead in rows
+            for name, full, same, l0, dead, sigma in rows
         ],
         "mean_fvu": mean_over_layers(by_arm["full"]),
         "mean_fvu_same_layer_only": mean_over_layers(by_arm["same_layer_only"]),

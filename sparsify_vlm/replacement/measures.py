@@ -99,6 +99,11 @@ class LayerSums:
         assert self._centre is not None
         return self._centre + self._sum[0] / self.tokens[0]
 
+    def sigma(self) -> Tensor:
+        """Standard deviation sqrt(E‖y_t − ȳ_t‖²) of each target over all tokens, [L] float64."""
+        about = self._sum[0].square().sum(1) / self.tokens[0]
+        return ((self._square[0] - about) / self.tokens[0]).clamp(min=0).sqrt()
+
     def fvu(self, arm: str) -> Tensor:
         """[3, L] by group and layer; NaN without tokens, variance, or a coder writing there."""
         about = self._sum.square().sum(2) / self.tokens.clamp(min=1)[:, None]
