@@ -46,9 +46,16 @@ class Stream:
 
     own_ids = False
 
-    def __init__(self, name: str, dataset: IterableDataset, columns: list[str], ident: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        dataset: IterableDataset,
+        columns: list[str],
+        root: Path | None,
+        identity: str,
+    ) -> None:
         self.name, self.dataset, self.columns = name, dataset, columns
-        self.root, self.identity = None, ident
+        self.root, self.identity = root, identity
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.dataset)
@@ -220,7 +227,7 @@ def _load(
     except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise UserError(_cannot_load(name, cfg, error)) from None
     if cfg.streaming:
-        return _stream(name, found, cfg)
+        return _stream(name, found, root, cfg)
     return _table(name, found, root, cfg)
 
 
@@ -280,7 +287,7 @@ def _identity(name: str, dataset: Dataset, cfg: DataConfig) -> str:
     return f"{name} {cfg.data_args} {cfg.split} {len(dataset)} {columns} {digest}"
 
 
-def _stream(name: str, dataset: IterableDataset, cfg: DataConfig) -> Stream:
+def _stream(name: str, dataset: IterableDataset, root: Path | None, cfg: DataConfig) -> Stream:
     import datasets
 
     dataset = _undecoded(dataset)
@@ -289,4 +296,4 @@ def _stream(name: str, dataset: IterableDataset, cfg: DataConfig) -> Stream:
         dataset = dataset.shuffle(seed=cfg.shuffle_seed, buffer_size=SHUFFLE_BUFFER)
     # Which order a seed gives a stream is up to the version of `datasets`.
     identity = f"{name} {cfg.data_args} {cfg.split} datasets {datasets.__version__}"
-    return Stream(name, dataset, list(columns), identity)
+    return Stream(name, dataset, list(columns), root, identity)

@@ -46,7 +46,7 @@ class ChunkStream(Stream):
     """Chunks of a stream of documents, tokenised as they come."""
 
     def __init__(self, stream: Stream, column: str, tokenizer: Any, cfg: DataConfig) -> None:
-        super().__init__(stream.name, stream.dataset, ["input_ids"], stream.identity)
+        super().__init__(stream.name, stream.dataset, ["input_ids"], None, stream.identity)
         self._column, self._tokenizer, self._ctx_len = column, tokenizer, cfg.ctx_len
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
