@@ -171,6 +171,14 @@ def _llava_onevision() -> tuple[Any, Any]:
     return tf.LlavaOnevisionForConditionalGeneration(config), processor
 
 
+_TOWER = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": D_MODEL,
+}
 _QWEN = ("<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -194,31 +202,33 @@ def _qwen(name: str, vision_config: Any, text_kind: Any) -> tuple[Any, Any]:
 
 
 def _qwen2_5_vl() -> tuple[Any, Any]:
-    tower = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "patch_size": 4,
-        "out_hidden_size": D_MODEL,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-    }
+    tower = _TOWER | {"window_size": 16, "fullatt_block_indexes": [1]}
     return _qwen("Qwen2_5_VL", tower, tf.Qwen2_5_VLTextConfig)
 
 
 def _qwen3_vl() -> tuple[Any, Any]:
-    tower = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "patch_size": 4,
-        "out_hidden_size": D_MODEL,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0],
-    }
+    tower = _TOWER | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
     return _qwen("Qwen3VL", tower, tf.Qwen3VLTextConfig)
+
+
+def _glm4v() -> tuple[Any, Any]:
+    tokens = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
+    tok = tokenizer(*tokens, image_token="<|image|>", video_token="<|video|>", bos=None)
+    start, end, *_ = tok.convert_tokens_to_ids(list(tokens))
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    rope["partial_rotary_factor"] = 1.0
+    config = tf.Glm4vConfig(
+        vision_config=_TOWER | {"image_size": 32, "num_heads": 4},
+        text_config=text(tf.Glm4vTextConfig, tok, rope_parameters=rope).to_dict(),
+        image_token_id=tok.image_token_id,
+        video_token_id=tok.video_token_id,
+        image_start_token_id=start,
+        image_end_token_id=end,
+    )
+    size = {"shortest_edge": 128, "longest_edge": 8192}
+    images = tf.Glm4vImageProcessorPil(patch_size=4, merge_size=2, size=size)
+    processor = _without_video("Glm4vProcessor")(images, tok)
+    return tf.Glm4vForConditionalGeneration(config), processor
 
 
 def _gemma3() -> tuple[Any, Any]:
@@ -297,6 +307,20 @@ def _smolvlm(name: str) -> tuple[Any, Any]:
     return getattr(tf, f"{name}ForConditionalGeneration")(config), processor
 
 
+def _pixtral() -> tuple[Any, Any]:
+    tok = tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    config = tf.LlavaConfig(
+        vision_config=vision(tf.PixtralVisionConfig, image_size=64, patch_size=8),
+        text_config=text(tf.MistralConfig, tok, sliding_window=None),
+        image_token_index=tok.convert_tokens_to_ids("[IMG]"),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    images = tf.PixtralImageProcessorPil(patch_size=8, size={"longest_edge": 40})
+    processor = _without_video("PixtralProcessor")(images, tok, patch_size=8)
+    return tf.LlavaForConditionalGeneration(config), processor
+
+
 def _mistral3() -> tuple[Any, Any]:
     tok = tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
     config = tf.Mistral3Config(
@@ -335,6 +359,7 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": Family(_llava_onevision, "<image>"),
     "qwen2_5_vl": Family(_qwen2_5_vl, "<|vision_start|><|image_pad|><|vision_end|>"),
     "qwen3_vl": Family(_qwen3_vl, "<|vision_start|><|image_pad|><|vision_end|>"),
+    "glm4v": Family(_glm4v, "<|begin_of_image|><|image|><|end_of_image|>"),
     "gemma3": Family(_gemma3, "<start_of_image>"),
     "paligemma": Family(lambda: _paligemma(tf.GemmaConfig), "<image>"),
     "paligemma2": Family(lambda: _paligemma(tf.Gemma2Config), "<image>"),
@@ -342,6 +367,7 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": Family(lambda: _smolvlm("SmolVLM"), "<image>"),
     "idefics3": Family(lambda: _smolvlm("Idefics3"), "<image>"),
     "mistral3": Family(_mistral3, "[IMG]"),
+    "pixtral": Family(_pixtral, "[IMG]"),
     "llama": Family(lambda: _causal(tf.LlamaForCausalLM, tf.LlamaConfig)),
     "gpt2": Family(_gpt2),
     "gemma2": Family(lambda: _causal(tf.Gemma2ForCausalLM, tf.Gemma2Config)),

@@ -134,12 +134,13 @@ def _onevision(config: Any, inputs: Inputs) -> list[Tensor]:
     return out
 
 
-def _qwen(config: Any, inputs: Inputs) -> list[Tensor]:
+def _merged(config: Any, inputs: Inputs) -> list[Tensor]:
+    """Qwen-VL and GLM-V: the batch tells every image's grid of patches before merging."""
     merge = config.vision_config.spatial_merge_size
     grids = inputs.get("image_grid_thw")
     return [
-        grid(int(height) // merge, int(width) // merge).repeat(int(time), 1)
-        for time, height, width in ([] if grids is None else grids)
+        grid(height // merge, width // merge).repeat(time, 1)
+        for time, height, width in ([] if grids is None else grids.tolist())
     ]
 
 
@@ -173,21 +174,17 @@ def _idefics(config: Any, inputs: Inputs) -> list[Tensor]:
 
 _FAMILIES: dict[str, Callable[[Any, Inputs], list[Tensor]]] = {
     "llava": _clip,
-    "vipllava": _clip,
     "mistral3": _pixtral,
     "llava_next": _llava_next,
     "llava_onevision": _onevision,
-    "qwen2_vl": _qwen,
-    "qwen2_5_vl": _qwen,
-    "qwen3_vl": _qwen,
-    "qwen3_vl_moe": _qwen,
-    "glm4v": _qwen,
     "gemma3": _gemma3,
     "paligemma": _paligemma,
     "internvl": _internvl,
     "idefics3": _idefics,
     "smolvlm": _idefics,
-}
+} | dict.fromkeys(
+    ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v", "glm4v_moe"), _merged
+)
 
 
 def tile_ids(tokenizer: Any) -> dict[int, tuple[int, int]]:

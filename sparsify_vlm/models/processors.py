@@ -8,7 +8,9 @@ else Pillow (their pixels differ in the last bits).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sparsify_vlm.errors import UserError
@@ -24,14 +26,28 @@ def load_processor(path: str, config: Any, source: Mapping[str, Any]) -> Any:
 
     if getattr(config, "vision_config", None) is None:
         return AutoTokenizer.from_pretrained(path, **source)
-    kind = image_only(_processor_class(config)) or AutoProcessor
+    kind = image_only(_processor_class(path, config, source)) or AutoProcessor
     backend = {} if is_torchvision_available() else {"backend": "pil"}
     return kind.from_pretrained(path, **backend, **source)
 
 
-def _processor_class(config: Any) -> str:
+def _processor_class(path: str, config: Any, source: Mapping[str, Any]) -> str:
+    """The class that the model's files name; else the one of its type."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    from transformers.utils import cached_file
 
+    missing_is_none = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+        "_raise_exceptions_for_gated_repo": False,
+    }
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        wanted = {k: v for k, v in source.items() if k != "trust_remote_code"}
+        file = cached_file(path, name, **wanted, **missing_is_none)
+        if file is not None:
+            declared = json.loads(Path(file).read_text(encoding="utf-8")).get("processor_class")
+            if declared is not None:
+                return declared
     return PROCESSOR_MAPPING_NAMES.get(config.model_type, "")
 
 

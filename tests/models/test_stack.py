@@ -39,13 +39,19 @@ def layers_of(loaded: LoadedModel) -> list[Any]:
     return list(getattr(base, "layers", None) or base.h)
 
 
+def post_norm(layer: Any) -> Any | None:
+    """The norm between the MLP and the stream, under the families' own names."""
+    for name in ("post_feedforward_layernorm", "post_mlp_layernorm"):
+        if hasattr(layer, name):
+            return getattr(layer, name)
+    return None
+
+
 @contextmanager
 def poisoned(loaded: LoadedModel) -> Iterator[None]:
     """NaN in every parameter of the MLPs and of the norms behind them."""
     modules = [layer.mlp for layer in layers_of(loaded)]
-    for layer in layers_of(loaded):
-        if hasattr(layer, "post_feedforward_layernorm"):
-            modules.append(layer.post_feedforward_layernorm)
+    modules += [norm for layer in layers_of(loaded) if (norm := post_norm(layer)) is not None]
     parameters = [p for module in modules for p in module.parameters()]
     kept = [p.detach().clone() for p in parameters]
     for p in parameters:
@@ -147,13 +153,12 @@ def test_generate_with_cache(name: str) -> None:
     def copy(layer: int, x: Tensor) -> Tensor:
         lengths.append(x.shape[1])
         y = copies[layer].mlp(x)
-        if hasattr(copies[layer], "post_feedforward_layernorm"):
-            y = copies[layer].post_feedforward_layernorm(y)
-        return y * factor
+        norm = post_norm(copies[layer])
+        return (y if norm is None else norm(y)) * factor
 
     def generate() -> Tensor:
         settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-        return loaded.model.generate(**inputs, **settings, output_scores=True)
+        return loaded.model.generate(**inputs, **settings)
 
     expected = generate()
     with poisoned(loaded), loaded.stack.replacing(copy):

@@ -63,6 +63,8 @@ EXPECTED: dict[str, tuple[list[str], list[list[tuple[int, int]]]]] = {
     # Patches of 4 merged 2 × 2: 40 × 24 gives 5 columns and 3 rows, 24 × 32 gives 3 and 4.
     "qwen2_5_vl": (["s" + "i" * 15 + "s", "s" + "i" * 12 + "s"], [full(3, 5), full(4, 3)]),
     "qwen3_vl": (["s" + "i" * 15 + "s", "s" + "i" * 12 + "s"], [full(3, 5), full(4, 3)]),
+    # The same.
+    "glm4v": (["s" + "i" * 15 + "s", "s" + "i" * 12 + "s"], [full(3, 5), full(4, 3)]),
     # 16 patches averaged to 4; two newlines of text on either side.
     "gemma3": (["stt" + "siiiis" + "tt"] * 2, [full(2, 2)] * 2),
     # BOS stands behind the image, a newline behind the text.
@@ -71,6 +73,7 @@ EXPECTED: dict[str, tuple[list[str], list[list[tuple[int, int]]]]] = {
     # Two tiles and a thumbnail of 2 × 2 each: no place known; one tile.
     "internvl": (["s" + "i" * 12 + "s", "s" + "i" * 4 + "s"], [[NONE] * 12, full(2, 2)]),
     "mistral3": (["s" + "iiiiis" * 3, "s" + "iiis" * 4], [full(3, 5), full(4, 3)]),
+    "pixtral": (["s" + "iiiiis" * 3, "s" + "iiis" * 4], [full(3, 5), full(4, 3)]),
 }
 # 64 × 64 cut into 2 × 2 tiles of 2 × 2 tokens, then the whole image as 2 × 2.
 _TILED = [
