@@ -242,9 +242,9 @@ def test_store_with_a_damaged_shard(refused: Check, shelf: Path, store: Path, ou
     damaged = bytearray(shard.read_bytes())
     damaged[-5] ^= 1
     shard.write_bytes(bytes(damaged))
-    refused(from_store(shelf / "llava", store, out), shard.name)
+    refused(from_store(shelf / "llava", store, out), shard.name, kept=out / "mine")
     shard.unlink()
-    refused(from_store(shelf / "llava", store, out), shard.name)
+    refused(from_store(shelf / "llava", store, out), shard.name, kept=out / "mine")
 
 
 def test_no_store(refused: Check, shelf: Path, out: Path, tmp_path: Path) -> None:
