@@ -22,7 +22,7 @@ from sparsify_vlm.coders.config import CltConfig
 from sparsify_vlm.coders.sparse_ops import Latents, decode, select_positive, select_top
 
 PRE_ACTIVATIONS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Pre-activations held in memory at a time while encoding. Smaller pieces are slower (docs/log.md)."""
+"""Pre-activations held at a time while encoding. Smaller pieces are slower (docs/log.md)."""
 
 
 class PerTarget(nn.ModuleList):

@@ -16,6 +16,7 @@ with fast dense products, and for 16-bit floats, for which torch has no sparse p
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ GROUPS = 8
 
 DENSE_BELOW = {"cpu": 3.0, "cuda": 50.0}
 """F / K below which the dense products are taken: measured for CPUs (docs/log.md), an estimate for
-CUDA."""
+CUDA. Other devices have no sparse products in torch."""
 
 
 @dataclass
@@ -100,7 +101,7 @@ def prefers_dense(k: int, W: Tensor) -> bool:
     """Whether products of `k` active latents with W [F, d] should go through dense matrices."""
     if W.dtype not in (torch.float32, torch.float64):
         return True
-    return W.shape[0] < DENSE_BELOW.get(W.device.type, DENSE_BELOW["cpu"]) * k
+    return W.shape[0] < DENSE_BELOW.get(W.device.type, math.inf) * k
 
 
 @dataclass
