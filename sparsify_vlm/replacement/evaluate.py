@@ -288,14 +288,14 @@ def scored_tokens(batch: EncodedBatch, roles: Tensor) -> Tensor:
 
 
 def _check_finite(table: TokenTable, model: VLMReplacementModel) -> None:
-    for what, values in (("input", table.x), ("output", table.y)):
-        bad = (~values.isfinite()).flatten(1).any(1).nonzero()
-        if len(bad):
-            name = model.clt.cfg.hookpoints[int(bad[0])]
-            raise UserError(
-                f"the {what} of {name} has NaN or infinite values: the model overflows in its "
-                "dtype (try --dtype float32) or its weights are broken"
-            )
+    fine = [values.isfinite().flatten(1).all(1).tolist() for values in (table.x, table.y)]
+    for name, *layer in zip(model.clt.cfg.hookpoints, *fine, strict=True):
+        for what, good in zip(("input", "output"), layer, strict=True):
+            if not good:
+                raise UserError(
+                    f"the {what} of {name} has NaN or infinite values: the model overflows in its "
+                    "dtype (try --dtype float32) or its weights are broken"
+                )
 
 
 def _figures(

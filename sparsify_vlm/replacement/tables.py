@@ -52,7 +52,7 @@ def _layers(figures: dict[str, Any], groups: list[str]) -> Table:
     table.add_column("dead", justify="right")
     for row in figures["layers"]:
         table.add_row(
-            row["hookpoint"],
+            row["hookpoint"].removeprefix("language_model.model."),
             *(_shown(row["fvu"][g], "{:.4f}") for g in groups),
             _shown(row["fvu_same_layer_only"]["all"], "{:.4f}"),
             _shown(row["l0"]["all"], "{:.1f}"),
@@ -85,11 +85,11 @@ def _predictions(figures: dict[str, Any]) -> Table:
 def _answers(figures: dict[str, Any]) -> Table:
     base, arms = figures["baseline"], figures["replacement"]
     full, same = arms["full"], arms["same_layer_only"]
-    table = Table(title="Generated answers, exact match")
+    table = Table(title="Generated answers: exact match, and share of the model's right ones lost")
     for name in ("question", "model", "replaced", "same layer only"):
         table.add_column(name, justify="left" if name == "question" else "right")
-    table.add_column("lost, of the model's right ones", justify="right")
-    table.add_column("lost, same layer only", justify="right")
+    table.add_column("lost by replaced", justify="right")
+    table.add_column("lost by same layer only", justify="right")
     for group, share in base["exact_match"].items():
         table.add_row(
             group,

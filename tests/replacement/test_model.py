@@ -235,6 +235,7 @@ def test_generating_with_the_cache_equals_generating_without(name, excluded):
         "max_new_tokens": 6,
         "min_new_tokens": 6,
         "do_sample": False,
+        "suppress_tokens": list(loaded.stack.special_ids | {loaded.stack.image_token_id or 0}),
         "output_logits": True,
         "return_dict_in_generate": True,
     }
