@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sparsify_vlm.features.concepts import Firings
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from sparsify_vlm.models import LoadedModel
 
 
+@torch.no_grad()
 def image_firings(
     loaded: LoadedModel, clt: Clt, batches: Iterable[EncodedBatch], grid: tuple[int, int]
 ) -> dict[int, Firings]:

@@ -82,9 +82,9 @@ def _subtitle(settings: dict[str, Any], evaluation: dict[str, Any]) -> str:
     return (
         f"tiny-llava is a small vision-language model that answers questions about pictures of "
         f"coloured shapes. A transcoder with {settings['num_latents']} latents in each of "
-        f"{len(evaluation['layers'])} layers, at most {settings['k']} of them active on a token, was "
-        f"trained for {settings['steps']} steps to write what the model's MLPs write, each latent to "
-        "its own and to all later layers."
+        f"{len(evaluation['layers'])} layers, at most {settings['k']} of them active on a token, "
+        f"was trained for {settings['steps']} steps to write what the model's MLPs write, each "
+        "latent to its own and to all later layers."
     )
 
 
@@ -126,7 +126,9 @@ def _examples(folder: Path) -> list[dict[str, Any]]:
 
 
 def _answer(name: str, line: dict[str, Any], arm: str) -> dict[str, Any]:
-    return {"name": name, "text": line["answers"][arm], "right": line["right"][arm]}
+    text = line["answers"][arm]
+    shown = "(does not end)" if text is None else text or "(nothing)"
+    return {"name": name, "text": shown, "right": line["right"][arm]}
 
 
 def _arms(evaluations: dict[str, Any]) -> list[tuple[str, str, dict[str, Any], str]]:
