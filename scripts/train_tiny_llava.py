@@ -60,10 +60,10 @@ class Recipe:
     base: Schedule = field(default_factory=lambda: Schedule(lr=3e-3))
     list_steps: int = 300
     lookup_steps: int = 80
-    told_steps: int = 500
+    told_steps: int = 400
     vlm: Schedule = field(default_factory=lambda: Schedule(lr=2e-3, tower_lr_factor=0.1))
-    seen_lookup_steps: int = 100
-    seen_steps: int = 700
+    seen_lookup_steps: int = 60
+    seen_steps: int = 500
     rows: int = 48
     questions: int = 8
     lookups: int = 6
@@ -141,7 +141,7 @@ def train_vlm(run: Run, vision: dict[str, Tensor], base: dict[str, Tensor]) -> d
     """Stage 3: tiny-llava's weights, from the vision tower's and tiny-llama's."""
     recipe = run.recipe
     rng = seeded(run.seed, "vlm")
-    model = new_vlm(recipe, vision, base).to(run.device)
+    model = new_vlm(vision, base).to(run.device)
     all_from = recipe.seen_lookup_steps
 
     def loss_at(step: int) -> Tensor:
@@ -167,9 +167,7 @@ def new_base(recipe: Recipe) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def new_vlm(
-    recipe: Recipe, vision: dict[str, Tensor], base: dict[str, Tensor]
-) -> LlavaForConditionalGeneration:
+def new_vlm(vision: dict[str, Tensor], base: dict[str, Tensor]) -> LlavaForConditionalGeneration:
     """tiny-llava before its tuning: a trained tower and decoder, a random projector between."""
     model = LlavaForConditionalGeneration(llava_config())
     for parameter in model.model.multi_modal_projector.parameters():
@@ -224,14 +222,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"train_tiny_llava.py: {message}; see --help\n")
 
 
-def arguments() -> Run:
+def parse(arguments: list[str]) -> Run:
     """The command line as a `Run`. Raises `UserError` for what cannot be."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for stages and pair")
     parser.add_argument("--seed", type=int, default=0, help="decides weights, scenes and noise")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    given = parser.parse_args()
+    parser.add_argument("--threads", type=int, default=1, help="more gain little at this size")
+    given = parser.parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
     if given.seed < 0 or given.threads < 1:
@@ -248,18 +246,28 @@ def restart_with_allocator() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
 
 
-def main() -> None:
-    """Train what is not trained yet, write both folders, measure them."""
-    run = arguments()
-    restart_with_allocator()
+def make_pair(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of tiny-llama and tiny-llava; stages that are done are read, not repeated."""
     vision = run.stage("vision", lambda: train_vision(run))
     base = run.stage("base", lambda: train_base(run))
     vlm = run.stage("vlm", lambda: train_vlm(run, vision, base))
-    llama, llava = new_base(run.recipe), new_vlm(run.recipe, vision, base)
+    return base, vlm
+
+
+def write_folders(run: Run, base: dict[str, Tensor], vlm: dict[str, Tensor]) -> None:
+    """Write OUTPUT/tiny-llama and OUTPUT/tiny-llava."""
+    llama, llava = LlamaForCausalLM(text_config()), LlavaForConditionalGeneration(llava_config())
     llama.load_state_dict(base)
     llava.load_state_dict(vlm)
     save_folder(llama, build_tokenizer(), run.output / "tiny-llama")
     save_folder(llava, build_processor(), run.output / "tiny-llava")
+
+
+def main() -> None:
+    """Train what is not trained yet, write both folders, measure them."""
+    run = parse(sys.argv[1:])
+    restart_with_allocator()
+    write_folders(run, *make_pair(run))
     table = measure(run.output, run.seed, run.device)
     write_json(run.output / "accuracy.json", table)
     print_table(table)
