@@ -45,10 +45,10 @@ def resolve_stack(model: Any, processor: Any = None) -> Stack:
     name = type(model).__name__
     tokenizer = getattr(processor, "tokenizer", processor)
     prefix, layers = find_layers(model)
-    mlp_name = next(n for n in MLP_NAMES if isinstance(getattr(layers[0], n, None), nn.Module))
-    blocks = probe_blocks(model, layers, [getattr(layer, mlp_name) for layer in layers])
+    mlps = [_mlp_name(layer) for layer in layers]
+    blocks = probe_blocks(model, layers, [getattr(m, n) for m, n in zip(layers, mlps, strict=True)])
     base = model.base_model_prefix + "."
-    full = [f"{prefix}.{i}.{mlp_name}" for i in range(len(layers))]
+    full = [f"{prefix}.{i}.{mlp}" for i, mlp in enumerate(mlps)]
     relative = [n.removeprefix(base) for n in full]
     canonical = relative
     if is_multimodal(config):
@@ -67,8 +67,15 @@ def resolve_stack(model: Any, processor: Any = None) -> Stack:
     )
 
 
+def _mlp_name(layer: nn.Module) -> str:
+    """What a layer calls its MLP; empty where it has none."""
+    return next((n for n in MLP_NAMES if isinstance(getattr(layer, n, None), nn.Module)), "")
+
+
 def find_layers(model: Any) -> tuple[str, list[nn.Module]]:
     """The decoder layers and the full name of the ModuleList that holds them."""
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{type(model).__name__} cannot be used: it is an encoder-decoder model")
     decoder = model.get_decoder()
     wanted = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = {
@@ -82,9 +89,7 @@ def find_layers(model: Any) -> tuple[str, list[nn.Module]]:
         if not any(name.startswith(other + ".") for other in lists)
     }
     found = {
-        name: layers
-        for name, layers in outer.items()
-        if all(any(isinstance(getattr(m, n, None), nn.Module) for n in MLP_NAMES) for m in layers)
+        name: layers for name, layers in outer.items() if all(_mlp_name(layer) for layer in layers)
     }
     if len(found) != 1:
         raise UserError(_no_layers(model, wanted, outer, found))
@@ -102,7 +107,7 @@ def _no_layers(
     if not lists:
         return start + f"no list of {wanted} layers"
     name, layers = next(iter(lists.items()))
-    lacking = next(m for m in layers if not any(hasattr(m, n) for n in MLP_NAMES))
+    lacking = next(layer for layer in layers if not _mlp_name(layer))
     parts = ", ".join(n for n, _ in lacking.named_children())
     return (
         start + f"no MLP module ({', '.join(MLP_NAMES)}) in every layer of '{name}': "
@@ -177,9 +182,15 @@ def _run_probe(model: Any) -> None:
     ids = torch.tensor([chosen], device=embedding.weight.device)
     training = model.training
     model.eval()
-    with torch.no_grad():
-        model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    model.train(training)
+    try:
+        with torch.no_grad():
+            model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        name = type(model).__name__
+        raise UserError(f"{name}'s decoder does not run on text tokens alone: {reason}") from error
+    finally:
+        model.train(training)
 
 
 def _block(name: str, record: _Seen, mlp: nn.Module, scales: list[float]) -> Block:

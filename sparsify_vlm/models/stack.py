@@ -114,12 +114,13 @@ class Stack:
         """Which of its sample's images an image token belongs to, int16 [B, S]; -1 elsewhere."""
         return self.layout.images(inputs)
 
+    @contextmanager
     def reading(
         self,
         callback: Callback,
         input_site: InputSite = "mlp_in",
         layers: Iterable[int] | None = None,
-    ) -> ExitStack:
+    ) -> Iterator[None]:
         """Context in which every forward calls `callback(layer, x, y)`, layer after layer.
 
         x and y, [B, S, d], are the model's own tensors: copy what you keep. x is what `input_site`
@@ -127,11 +128,11 @@ class Stack:
         itself (`mlp_out`). Within `replacing`, y is what is really written.
         """
         _check_site(input_site)
-        stack = ExitStack()
-        for layer in self._chosen(layers):
-            for handle in _read(self._blocks[layer], layer, callback, input_site):
-                stack.callback(handle.remove)
-        return stack
+        with ExitStack() as stack:
+            for layer in self._chosen(layers):
+                for handle in _read(self._blocks[layer], layer, callback, input_site):
+                    stack.callback(handle.remove)
+            yield
 
     @contextmanager
     def replacing(

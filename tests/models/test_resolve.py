@@ -94,6 +94,13 @@ def _mamba() -> Any:
     )
 
 
+def _t5gemma() -> Any:
+    half = {**SMALL, **HEADS, "head_dim": 8}
+    return tf.T5GemmaForConditionalGeneration(
+        tf.T5GemmaConfig(encoder=half, decoder=half, vocab_size=64)
+    )
+
+
 REFUSED = {
     "Blip2ForConditionalGeneration": (_blip2, "no MLP module.*OPTDecoderLayer has"),
     "MllamaForConditionalGeneration": (_mllama, r"layer 1 .*cross-attention"),
@@ -102,6 +109,7 @@ REFUSED = {
     "PhiForCausalLM": (_phi, "layer 0 .*not the residual stream plus"),
     "FalconForCausalLM": (_falcon, "layer 0 .*not the residual stream plus"),
     "GPTNeoXForCausalLM": (_neox, "layer 0 .*not the residual stream plus"),
+    "T5GemmaForConditionalGeneration": (_t5gemma, "encoder-decoder"),
     "OPTForCausalLM": (_opt, "no MLP module.*self_attn"),
     "MambaForCausalLM": (_mamba, "no MLP module"),
 }
@@ -120,17 +128,6 @@ def test_sequential_gpt_neox_is_accepted() -> None:
     config = tf.GPTNeoXConfig(**SMALL, num_attention_heads=4, use_parallel_residual=False)
     stack = resolve_stack(tf.GPTNeoXForCausalLM(config))
     assert stack.hookpoints == ["layers.0.mlp", "layers.1.mlp"]
-
-
-class _Gated(nn.Module):
-    """An MLP of which only a part arrives in the stream."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -156,6 +153,18 @@ def test_a_hook_that_changes_the_output_is_caught() -> None:
     model.transformer.h[1].register_forward_hook(lambda module, args, out: out + 1e-3)
     with pytest.raises(UserError, match="layer 1 "):
         resolve_stack(model)
+
+
+def test_decoder_that_takes_no_tokens_is_refused() -> None:
+    model = deepcopy(shared("llama").model)
+
+    def forward(self: Any, frames: Tensor) -> Tensor:
+        return frames
+
+    model.model.forward = MethodType(forward, model.model)
+    with pytest.raises(UserError, match="LlamaForCausalLM's decoder does not run on text tokens"):
+        resolve_stack(model.train())
+    assert model.training
 
 
 def test_mlp_that_returns_a_tuple_is_refused() -> None:

@@ -262,8 +262,12 @@ def test_unknown_hookpoint_lists_what_there_is(pattern: str) -> None:
 
 def test_unknown_site_and_layer() -> None:
     stack = shared("llama").stack
-    with pytest.raises(UserError, match=r"attn_out.*mlp_in, resid_mid, mlp_out"):
-        stack.reading(lambda layer, x, y: None, "attn_out")  # type: ignore[arg-type]
+    wrong: Any = "attn_out"
+    with (
+        pytest.raises(UserError, match=r"attn_out.*mlp_in, resid_mid, mlp_out"),
+        stack.reading(lambda layer, x, y: None, wrong),
+    ):
+        pass
     with (
         pytest.raises(UserError, match="layer 3 is not one of the 3"),
         stack.replacing(lambda layer, x: None, layers=[3]),
