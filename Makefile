@@ -26,6 +26,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 test: lint
+	scripts/install_chromium.sh
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 bench: $(VENV)/.base

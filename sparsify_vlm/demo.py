@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,18 +105,16 @@ def run_demo(cfg: DemoConfig) -> Path:
     folder = _fresh_folder(Path(cfg.output_dir))
     stages = _Stages()
     store = folder / "activations"
-    stages(
-        "capture", f"{MODEL}'s MLPs on {cfg.train_scenes} scenes",
-        lambda: capture(_capture_config(cfg, store)),
-    )  # fmt: skip
+    what = f"{MODEL}'s MLPs on {cfg.train_scenes} scenes"
+    stages("capture", what, partial(capture, _capture_config(cfg, store)))
     for name, cross_layer in (("clt", 8), ("plt", 0)):
         what = f"{cfg.num_latents} latents a layer, k = {cfg.k}, cross_layer = {cross_layer}"
         settings = _train_config(cfg, store, folder, name, cross_layer)
-        stages(f"train {name}", what, lambda settings=settings: train(settings))
+        stages(f"train {name}", what, partial(train, settings))
     for name in ("clt", "plt"):
         what = f"spliced into the model, {cfg.heldout_scenes} held-out scenes"
-        stages(f"evaluate {name}", what, lambda name=name: _evaluate(cfg, folder, name))
-    stages("look inside", "decoders, latents of colours and shapes", lambda: _inspect(cfg, folder))
+        stages(f"evaluate {name}", what, partial(_evaluate, cfg, folder, name))
+    stages("look inside", "decoders, latents of colours and shapes", partial(_inspect, cfg, folder))
     if not cfg.keep_activations:
         shutil.rmtree(store)
     _remember(cfg, folder, stages.done)

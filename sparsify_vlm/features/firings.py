@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from sparsify_vlm.data import EncodedBatch
     from sparsify_vlm.models import LoadedModel
 
+_Piece = tuple["NDArray[np.int64]", "NDArray[np.int64]", "NDArray[np.float32]"]
+"""Patch, latent and value of one batch's firings."""
+
 
 @torch.no_grad()
 def image_firings(
@@ -32,7 +35,7 @@ def image_firings(
         counted through all batches.
     """
     layers = loaded.stack.match(clt.cfg.hookpoints)
-    parts: dict[int, list[tuple[NDArray[np.int64], ...]]] = {}
+    parts: dict[int, list[_Piece]] = {}
     first_sample = 0
     for batch in batches:
         table = record_tokens(loaded, batch.inputs, clt.cfg.input_site, layers)  # type: ignore[arg-type]
@@ -47,9 +50,9 @@ def image_firings(
             where = np.broadcast_to(patch[:, None], values.shape)[active]
             parts.setdefault(s, []).append((where, indices[active], values[active]))
         first_sample += len(batch)
-    return {
-        s: Firings(
-            *(np.concatenate(column) for column in zip(*pieces, strict=True)), clt.cfg.num_latents
-        )
-        for s, pieces in parts.items()
-    }
+    return {s: _joined(pieces, clt.cfg.num_latents) for s, pieces in parts.items()}
+
+
+def _joined(pieces: list[_Piece], num_latents: int) -> Firings:
+    patch, latent, value = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    return Firings(patch, latent, value, num_latents)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsify_vlm.errors import UserError
@@ -39,8 +39,7 @@ def to_svg(figure: Figure) -> str:
     from matplotlib import rc_context
 
     buffer = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "sparsify-vlm", "font.family": "sans-serif"}
-    with rc_context(settings):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sparsify-vlm"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
@@ -52,7 +51,7 @@ def _plain(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> str:
+def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """FVU by role against the training step.
 
     Args:
@@ -76,7 +75,7 @@ def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> str:
     return to_svg(figure)
 
 
-def fvu_by_layer(coders: dict[str, dict[str, Sequence[float | None]]]) -> str:
+def fvu_by_layer(coders: Mapping[str, Mapping[str, Sequence[float | None]]]) -> str:
     """FVU of each layer, one panel per role.
 
     Args:
