@@ -52,7 +52,12 @@ def _capture() -> tuple[dict[str, type], Callable[..., object]]:
 
 
 def _evaluate() -> tuple[dict[str, type], Callable[..., object]]:
-    from sparsify_vlm.replacement.evaluate import EvaluateConfig, evaluate
+    from sparsify_vlm.replacement.config import EvaluateConfig
+
+    def evaluate(cfg: EvaluateConfig) -> None:
+        from sparsify_vlm.replacement.evaluate import evaluate
+
+        evaluate(cfg)
 
     return {"cfg": EvaluateConfig}, evaluate
 

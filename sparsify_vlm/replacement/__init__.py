@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
-from sparsify_vlm.replacement.ablation import Ablation
-from sparsify_vlm.replacement.excluded import ExcludedTokens
-from sparsify_vlm.replacement.model import VLMReplacementModel
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Ablation", "ExcludedTokens", "VLMReplacementModel"]
+if TYPE_CHECKING:
+    from sparsify_vlm.replacement.ablation import Ablation
+    from sparsify_vlm.replacement.config import EvaluateConfig
+    from sparsify_vlm.replacement.excluded import ExcludedTokens
+    from sparsify_vlm.replacement.model import VLMReplacementModel
+
+# Imported when first used: reading the configuration must not import torch.
+_HOMES = {
+    "Ablation": "ablation",
+    "EvaluateConfig": "config",
+    "ExcludedTokens": "excluded",
+    "VLMReplacementModel": "model",
+}
+
+__all__ = ["Ablation", "EvaluateConfig", "ExcludedTokens", "VLMReplacementModel"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from sparsify_vlm.models import ROLE_NAMES, Role, TokenTable, load_model, record
 from sparsify_vlm.progress import Progress
 from sparsify_vlm.replacement.ablation import Ablation
 from sparsify_vlm.replacement.answers import answer_samples, reference_answers
+from sparsify_vlm.replacement.config import EvaluateConfig
 from sparsify_vlm.replacement.measures import (
     ARMS,
     AnswerCounts,
@@ -49,64 +50,6 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "sparsify-vlm evaluation", 1
 ABLATIONS: dict[str, Ablation | None] = {"full": None, "same_layer_only": Ablation(cross=True)}
 Figures = dict[str, Any]
-
-
-@dataclass(kw_only=True)
-class EvaluateConfig(DataConfig):
-    """What is measured, on which tokens."""
-
-    clt: str
-    """Coder: a folder or a Hub id, in any readable format."""
-
-    model: str | None = None
-    """Model. Default: the one the coder was trained on."""
-
-    output: str = "eval.json"
-    """File the figures are written to."""
-
-    answers: str | None = None
-    """File every generated answer is written to, a JSON line per sample. Default: none."""
-
-    split: str = ""
-    """Split to read. Default: heldout for shapes, validation for others."""
-
-    max_examples: int | None = 500
-    """Read at most this many samples."""
-
-    batch_size: int = 16
-    """Samples run through the model together."""
-
-    max_new_tokens: int = 32
-    """Answers longer than this are not asked for; 0 generates none at all."""
-
-    filter_bos: bool | None = None
-    """Leave the beginning-of-sequence token out of every figure, and its MLPs as they are.
-    Default: as the coder was trained."""
-
-    device: str | None = None
-    """Where the model and the coder run. Default: cuda if there, else cpu."""
-
-    dtype: str | None = None
-    """Type of the model's numbers. Default: float32 on a CPU, bfloat16 elsewhere."""
-
-    revision: str | None = None
-    """Branch, tag or commit of the model on the Hub."""
-
-    hf_token: str | None = field(default=None, repr=False)
-    """Access token for gated or private models."""
-
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-
-    load_in_8bit: bool = False
-    """Quantise the model's weights to 8 bits."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size must be at least 1, not {self.batch_size}")
-        if self.max_new_tokens < 0:
-            raise UserError(f"--max_new_tokens must not be negative, as {self.max_new_tokens} is")
 
 
 def evaluate(cfg: EvaluateConfig) -> Figures:
