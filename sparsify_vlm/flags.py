@@ -245,7 +245,7 @@ def _refuse_swallowed(
         if lost or needed:
             raise UsageError(
                 f"--{name} took {' '.join(lost or values)!r} for its values: put "
-                f"{' and '.join(missing).upper()} before the flags, "
+                f"{' and '.join(other.upper() for other in missing)} before the flags, "
                 f"as in `{missing[0].upper()} … --{name} a b`"
             )
 
