@@ -71,8 +71,10 @@ def _encode_usable(
         except BadSample as error:
             return error
 
+    stored = any(image.image is None for sample in samples for image in sample.images)
+    decoded_by = pool.map if stored else map  # threads only where there is something to decode
     usable: list[tuple[Sample, list[Image]]] = []
-    for sample, images in zip(samples, pool.map(decode, samples), strict=True):
+    for sample, images in zip(samples, decoded_by(decode, samples), strict=True):
         if isinstance(images, BadSample):
             source.skip(images)
         else:

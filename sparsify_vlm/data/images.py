@@ -86,12 +86,21 @@ class ImageRef:
             return self.data
         assert self.path is not None
         if "://" in self.path:
-            import fsspec
-
-            with fsspec.open(self.path, "rb") as file:
-                data: bytes = file.read()
-                return data
+            return _read_url(self.path)
         return Path(self.path).read_bytes()
+
+
+def _read_url(url: str) -> bytes:
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as file:
+            data: bytes = file.read()
+            return data
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # noqa: BLE001 - every protocol raises errors of its own
+        raise BadImage(f"cannot be fetched: {_first_line(error)}") from None
 
 
 def _too_large(max_pixels: int) -> str:

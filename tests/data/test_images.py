@@ -116,6 +116,12 @@ def test_a_missing_image_says_where_it_was_sought(tmp_path: Path) -> None:
         ref.decode()
 
 
+@pytest.mark.parametrize("url", ["nothing://host/a.png", "http://127.0.0.1:9/a.png"])
+def test_an_url_that_cannot_be_fetched_is_named(url: str) -> None:
+    with pytest.raises(BadImage, match=rf"image {url} cannot be fetched: "):
+        image_ref(url, None, "it").decode()
+
+
 def test_a_bomb_is_refused_before_it_is_decoded() -> None:
     ref = saved(Image.new("1", (20_000, 20_000)))  # 50 KB that would unpack to 1.2 GB
     with pytest.raises(BadImage, match="too large"):
