@@ -20,6 +20,7 @@ from sparsify_vlm.data.local import (
     slice_rows,
 )
 from sparsify_vlm.errors import UserError
+from sparsify_vlm.hub import offline_if_unreachable
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -217,6 +218,7 @@ def _load(
     source: str, name: str, cfg: DataConfig, arguments: dict[str, Any], root: Path | None
 ) -> Rows | Stream:
     """`datasets.load_dataset`, every failure as one line."""
+    offline_if_unreachable()
     from datasets import load_dataset
 
     try:

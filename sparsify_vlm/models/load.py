@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsify_vlm.aliases import EMBEDDED, HUB_ALIASES
 from sparsify_vlm.errors import UserError
+from sparsify_vlm.hub import offline_if_unreachable
 from sparsify_vlm.models.hub_errors import WAY_OUT, explained
 from sparsify_vlm.models.processors import load_processor
 from sparsify_vlm.models.resolve import is_multimodal, resolve_stack
@@ -129,6 +130,8 @@ def load_model(
     }
     where = _device(device)
     path = ALIASES.get(name_or_path, name_or_path)
+    if not Path(path).is_dir():
+        offline_if_unreachable()
     with explained(name_or_path):
         config = _config(path, source)
         model = _model(path, config, where, _dtype(dtype, where), load_in_8bit, source)

@@ -9,6 +9,7 @@ import torch
 from sparsify_vlm.coders.clt import Clt
 from sparsify_vlm.coders.formats import circuit_tracer, eleuther
 from sparsify_vlm.errors import UserError
+from sparsify_vlm.hub import offline_if_unreachable
 
 __all__ = ["load_clt", "save_clt"]
 
@@ -60,6 +61,7 @@ def _downloaded(repository: str, subfolder: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    offline_if_unreachable()
     prefix = f"{subfolder}/" if subfolder else ""
     patterns = [prefix + pattern for pattern in WANTED_FILES]
     try:
