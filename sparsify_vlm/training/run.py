@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sparsify_vlm.coders import Clt, CltConfig, load_clt
-from sparsify_vlm.data import DataConfig
+from sparsify_vlm.data import ActivationStore, DataConfig
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.models import LoadedModel, load_model
 from sparsify_vlm.training.checkpoint import RunFolder
@@ -59,11 +59,11 @@ def train(
         trainer = Trainer(cfg, clt, source, folder, world, quiet=quiet, on_step=on_step)
         trainer.settings = _settings(cfg, clt, source, trainer.total)
         world.first_then_others(lambda: _prepare(cfg, folder, trainer, world))
-        if cfg.resume and trainer.load():
-            print(f"{folder.path} is finished: {trainer.step} steps. Nothing to do.")
+        done = cfg.resume and trainer.load()
+        if world.is_first and not quiet:
+            _announce(trainer, done)
+        if done:
             return folder.path
-        if not quiet:
-            _announce(trainer, resumed=trainer.step > 0)
         trainer.fit()
         _list_skipped(source, world)
     return folder.path
@@ -79,7 +79,10 @@ def _source(
     """The source, and the model's name and revision for the checkpoint."""
     device = run.device or world.device
     if cfg.activations is not None:
-        return _store_source(cfg, data, run, world, torch.device(device or _default_device()))
+        store = _open_store(cfg.activations, data, run)
+        device = torch.device(device or _default_device())
+        source = StoreSource(cfg, store, data.shuffle_seed, world, device)
+        return source, {"model": store.model, "revision": store.revision}
     if loaded is None:
         if run.model is None:
             raise UserError("give a model to train on, for example tiny-llava or llava")
@@ -92,26 +95,21 @@ def _source(
             token=run.hf_token,
             load_in_8bit=run.load_in_8bit,
         )
-    source = LiveSource(cfg, data, loaded, world)
-    return source, {"model": loaded.name, "revision": loaded.revision}
+    live = LiveSource(cfg, data, loaded, world)
+    return live, {"model": loaded.name, "revision": loaded.revision}
 
 
 def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _store_source(
-    cfg: TrainConfig, data: DataConfig, run: RunConfig, world: World, device: torch.device
-) -> tuple[TokenSource, dict[str, Any]]:
-    from sparsify_vlm.data import ActivationStore
-
+def _open_store(path: str, data: DataConfig, run: RunConfig) -> ActivationStore:
     if data.dataset is not None or data.dataset_mix is not None:
         raise UserError("--activations is a dataset already captured: leave the dataset out")
-    store = ActivationStore(cfg.activations)
+    store = ActivationStore(path)
     if run.model is not None:
-        store.check_model(run.model)
-    source = StoreSource(cfg, store, data.shuffle_seed, world, device)
-    return source, {"model": store.manifest["model"], "revision": store.manifest.get("revision")}
+        store.check_model(run.model, store.d_model, store.hookpoints)
+    return store
 
 
 def _coders(cfg: TrainConfig, source: TokenSource, model: dict[str, Any]) -> Clt:
@@ -121,7 +119,7 @@ def _coders(cfg: TrainConfig, source: TokenSource, model: dict[str, Any]) -> Clt
         hookpoints=source.hookpoints,
         num_latents=cfg.sae.num_latents,
         k=cfg.sae.k,
-        n_targets=_clamped_targets(cfg, len(source.hookpoints)),
+        n_targets=min(cfg.sae.n_targets, _most_targets(cfg, len(source.hookpoints))),
         target_offset=cfg.sae.target_offset,
         activation=cfg.sae.activation,
         transcode=cfg.sae.transcode,
@@ -139,14 +137,9 @@ def _coders(cfg: TrainConfig, source: TokenSource, model: dict[str, Any]) -> Clt
     return clt
 
 
-def _clamped_targets(cfg: TrainConfig, n_layers: int) -> int:
-    most = max(n_layers - cfg.sae.target_offset, 1)
-    if cfg.sae.n_targets > most:
-        print(
-            f"--cross_layer {cfg.sae.cross_layer} is more than the {most} layers the first coder "
-            f"can write to: taking {most}."
-        )
-    return min(cfg.sae.n_targets, most)
+def _most_targets(cfg: TrainConfig, n_layers: int) -> int:
+    """Layers that the first coder can write to."""
+    return max(n_layers - cfg.sae.target_offset, 1)
 
 
 def _copy_weights(clt: Clt, path: str) -> None:
@@ -175,10 +168,22 @@ def _prepare(cfg: TrainConfig, folder: RunFolder, trainer: Trainer, world: World
         folder.prepare(trainer.settings, resume=cfg.resume, overwrite=cfg.overwrite)
 
 
-def _announce(trainer: Trainer, *, resumed: bool) -> None:
-    cfg, clt = trainer.cfg, trainer.clt.cfg
-    steps = "as many steps as the data gives" if trainer.total is None else f"{trainer.total} steps"
-    verb = f"Resuming at step {trainer.step} of" if resumed else "Training for"
+def _announce(trainer: Trainer, done: bool) -> None:
+    """Say what is going to happen, and what was asked for but is done otherwise."""
+    cfg, clt, total = trainer.cfg, trainer.clt.cfg, trainer.total
+    if done:
+        return print(f"{trainer.run.path} is finished: {trainer.step} steps. Nothing to do.")
+    most = _most_targets(cfg, clt.n_layers)
+    if cfg.sae.n_targets > most:
+        print(
+            f"--cross_layer {cfg.sae.cross_layer} is more than the {most} layers the first coder "
+            f"can write to: taking {most}."
+        )
+    warmup = warmup_steps(cfg, total)
+    if cfg.optimizer != "signum" and warmup < cfg.lr_warmup_steps:
+        print(f"--lr_warmup_steps {cfg.lr_warmup_steps} is the whole run: taking {warmup}.")
+    verb = f"Resuming at step {trainer.step} of" if trainer.step else "Training for"
+    steps = "as many steps as the data gives" if total is None else f"{total} steps"
     parameters = sum(p.numel() for p in trainer.clt.parameters())
     print(
         f"{verb} {steps}: {len(clt.source_layers())} coders of {clt.num_latents} latents (k = "
@@ -186,9 +191,6 @@ def _announce(trainer: Trainer, *, resumed: bool) -> None:
         f"{cfg.optimizer} at {trainer.optimizers.lr:.2e}. Checkpoints in {trainer.run.path}",
         flush=True,
     )
-    warmup = warmup_steps(cfg, trainer.total)
-    if cfg.optimizer != "signum" and warmup < cfg.lr_warmup_steps:
-        print(f"--lr_warmup_steps {cfg.lr_warmup_steps} is the whole run: taking {warmup}.")
 
 
 def _list_skipped(source: TokenSource, world: World) -> None:

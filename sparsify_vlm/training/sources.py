@@ -164,11 +164,14 @@ class StoreSource:
         self.hookpoints = [store.hookpoints[layer] for layer in self.layers]
         self.d_model = store.d_model
         self.n_batches: int | None = -(-len(store) // (cfg.batch_tokens * world.size))
+        offset = cfg.sae.target_offset
         if cfg.sae.transcode and store.input_site != cfg.sae.input_site:
             raise UserError(
                 f"{store.path} holds x at {store.input_site}, but --input_site is "
                 f"{cfg.sae.input_site}"
             )
+        sources, targets = self.layers[: -offset or None], self.layers[offset:]
+        store.check_layers(sources if cfg.sae.transcode else [], targets)
         self._excluded = torch.tensor(cfg.exclude_tokens, dtype=torch.int32)
 
     def _match(self, patterns: Sequence[str]) -> list[int]:

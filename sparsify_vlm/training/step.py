@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify_vlm.coders import Clt, forward_backward
+from sparsify_vlm.coders import Clt, CltConfig, forward_backward
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.models import Role
 from sparsify_vlm.training.distributed import World
@@ -83,14 +83,19 @@ def moments(batch: TokenBatch, dtype: torch.dtype, world: World) -> Moments:
     return Moments(int(counts[0]), mean_x, mean_y, variance.clamp(min=0))
 
 
-def check_finite(found: Moments, hookpoints: list[str], batch: int, last: str) -> None:
-    """Raise `UserError` naming hookpoint and batch if an activation was NaN or infinite."""
-    for what, mean in (("input", found.mean_x), ("output", found.mean_y)):
-        bad = (~mean.isfinite()).any(1).nonzero()
+def check_finite(found: Moments, cfg: CltConfig, batch: int, last: str) -> None:
+    """Raise `UserError` naming hookpoint and batch if an activation was NaN or infinite.
+
+    x of layers without a coder and y of layers without a target do not matter: an imported store
+    does not have them.
+    """
+    read, written = list(cfg.source_layers()), list(cfg.target_layers())
+    for what, layers, mean in (("input", read, found.mean_x), ("output", written, found.mean_y)):
+        bad = (~mean[layers].isfinite()).any(1).nonzero()
         if len(bad):
             raise UserError(
-                f"the {what} of {hookpoints[int(bad[0])]} has NaN or infinite values in batch "
-                f"{batch}: the model overflows in its dtype or the batch is broken. {last}"
+                f"the {what} of {cfg.hookpoints[layers[int(bad[0])]]} has NaN or infinite values "
+                f"in batch {batch}: the model overflows in its dtype or the batch is broken. {last}"
             )
 
 

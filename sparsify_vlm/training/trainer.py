@@ -164,9 +164,10 @@ class Trainer:
     def _train_step(self, batches: list[tuple[int, TokenBatch]]) -> tuple[StepFigures, float, int]:
         step = JointStep(self.clt, self.world, self.cfg.grad_acc_steps, self.cfg.micro_acc_steps)
         k = self.active_latents()
+        fresh = self._without_weights
         for number, batch in batches:
             found = moments(batch, self.clt.dtype, self.world)
-            check_finite(found, self.source.hookpoints, number, self._last_kept())
+            check_finite(found, self.clt.cfg, number, self._last_kept())
             self._initialise(found)
             if self._unit_norm_decoders:
                 self.clt.set_decoder_norm_to_unit_norm()
@@ -177,6 +178,8 @@ class Trainer:
                 f"the loss is not finite at step {self.step + 1}: the coders have diverged, try a "
                 f"smaller --lr than {self.optimizers.lr:.2g}. {self._last_kept()}"
             )
+        if fresh and len(batches) == 1 and self.cfg.sae.transcode:
+            self._drop_bias_noise()
         if self._unit_norm_decoders:
             self.clt.remove_gradient_parallel_to_decoder_directions()
         lr = self.optimizers.step(self.step)
@@ -185,6 +188,16 @@ class Trainer:
         self.since_fired += figures.tokens
         self.since_fired[figures.fired] = 0
         return figures, lr, k
+
+    def _drop_bias_noise(self) -> None:
+        """Set the decoder biases' gradient to the 0 that it is where they are this batch's mean.
+
+        What is computed is rounding, which SignSGD would take for full steps, a different one for
+        every number of processes.
+        """
+        for bias in self.clt.b_dec:
+            if bias.grad is not None:
+                bias.grad.zero_()
 
     @property
     def _unit_norm_decoders(self) -> bool:

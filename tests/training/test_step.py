@@ -111,7 +111,7 @@ def test_broken_activations_are_named_and_the_checkpoint_kept(
 
 def test_check_finite_passes_good_values() -> None:
     batch = ToySource().global_batch(0)
-    check_finite(moments(batch, torch.float32, World()), ["a", "b", "c"], 0, "")
+    check_finite(moments(batch, torch.float32, World()), made_up_clt().cfg, 0, "")
 
 
 def test_divergence_is_said(tmp_path: Path) -> None:
