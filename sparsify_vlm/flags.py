@@ -273,5 +273,5 @@ def _canonical(options: Mapping[str, list[str]], flags: Mapping[str, Flag]) -> l
         if flags[name].kind in ("list", "ints"):
             tokens += [f"--{name}", *values]
         else:
-            tokens.append(f"--{name}={values[0]}" if values else f"--{name}")
+            tokens.append(f"--{name}={values[0] if values else 'true'}")
     return tokens

@@ -26,6 +26,8 @@ class Coder:
     """Active latents."""
     transcode: bool = False
     """Predict the output from the input."""
+    tied: bool | None = None
+    """Three states: asked for, refused, left to the program."""
 
 
 @dataclass
@@ -91,6 +93,8 @@ def test_values_of_each_kind() -> None:
     for off in ("--filter_bos False", "--filter_bos=no", "--nofilter_bos", "--no-filter-bos"):
         assert read(f"m {off}").filter_bos is False
     assert read("m --filter_bos").filter_bos is True
+    tied = [read(f"m {line}").sae.tied for line in ("", "--tied", "--tied no", "--notied")]
+    assert tied == [None, True, False, False]
 
 
 @pytest.mark.parametrize(
