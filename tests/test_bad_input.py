@@ -168,6 +168,11 @@ def test_deeper_than_the_model_is_clamped_and_said(
     assert (out / "mine" / "notes.txt").read_text() == "keep this"
 
 
+def test_estimate_of_no_model(refused: Check, tmp_path: Path) -> None:
+    line = ["estimate", "nobody/nothing", "--cross_layer", "2"]
+    refused(line, "nobody/nothing", "tiny-llava", kept=tmp_path)
+
+
 # ---- images
 
 
@@ -254,6 +259,20 @@ def test_no_store(refused: Check, shelf: Path, out: Path, tmp_path: Path) -> Non
 def test_capture_into_another_capture(refused: Check, shelf: Path, store: Path) -> None:
     line = ["capture", shelf / "llava", shelf / "good.jsonl", "--output_dir", store]
     refused([*line, "--batch_size", "2", "--ctx_len", "64"], str(store), kept=store)
+
+
+def test_import_of_nothing(refused: Check, out: Path, tmp_path: Path) -> None:
+    refused(["import-activations", tmp_path / "absent", out / "acts"], "absent")
+    (tmp_path / "empty").mkdir()
+    refused(["import-activations", tmp_path / "empty", out / "acts"], "empty")
+
+
+def test_import_into_what_is_there(refused: Check, out: Path, tmp_path: Path) -> None:
+    layer = tmp_path / "old" / "L0"
+    layer.mkdir(parents=True)
+    torch.save(torch.randn(4, 8), layer / "batch_0_x.pt")
+    torch.save(torch.randn(1, 4, 8), layer / "batch_0_y.pt")
+    refused(["import-activations", tmp_path / "old", out / "mine"], str(out / "mine"))
 
 
 # ---- checkpoints
