@@ -23,7 +23,10 @@ Figures = dict[str, Any]
 
 @dataclass
 class EstimatedCoder(CoderConfig):
-    """One coder per hookpoint, and the layers it writes to. --cross_layer implies --transcode."""
+    """One coder per hookpoint, and the layers it writes to."""
+
+    transcode: bool = False
+    """Whether we predict the output of a module given its input. Implied by --cross_layer."""
 
     def __post_init__(self) -> None:
         self.transcode = self.transcode or self.cross_layer > 0

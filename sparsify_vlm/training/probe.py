@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -26,7 +27,9 @@ from sparsify_vlm.training.config import CoderConfig, TrainConfig
 from sparsify_vlm.training.footprint import Job, count_parameters, n_pairs
 from sparsify_vlm.training.optimizers import Optimizers
 
-LAYERS, REPEATS = 3, 3
+LAYERS = 3
+RUNS, MEASURED_SECONDS = (3, 50), 0.3
+"""Each measurement is repeated at least and at most this often, and for so long."""
 MOST_PARAMETERS = 1 << 25
 """Of the probe's coder: a second or two on a laptop."""
 TOKENS = {"cpu": 512, "cuda": 8192}
@@ -106,12 +109,12 @@ def _coders_seconds(job: Job, cfg: CltConfig, tokens: int) -> float:
     source_times, pair_times, encode_times = [], [], []
     for n in (tokens, tokens // 2):
         x = torch.randn(LAYERS, n, cfg.d_model, device=job.device)
-        with_one = _seconds(lambda x=x: _step(one, x), job.device)
-        with_many = _seconds(lambda x=x: _step(many, x), job.device)
+        with_one = _seconds(partial(_step, one, x), job.device)
+        with_many = _seconds(partial(_step, many, x), job.device)
         pair = max(with_many - with_one, 0.0) / pairs
         pair_times.append(pair)
         source_times.append(max(with_one - LAYERS * pair, 0.0) / LAYERS)
-        encode_times.append(_seconds(lambda x=x: _encode(one, x), job.device))
+        encode_times.append(_seconds(partial(_encode, one, x), job.device))
     grown = job.clt.num_latents / cfg.num_latents
     pair_line, source, encode = (
         _Line.through(tokens, *times) for times in (pair_times, source_times, encode_times)
@@ -146,7 +149,7 @@ def _optimizer_seconds(job: Job, cfg: CltConfig) -> float:
     clt = _random_coder(cfg, job)
     parameters = [p for p in clt.parameters() if p.requires_grad]
     gradients = [parameter.detach().clone() for parameter in parameters]
-    settings = TrainConfig(CoderConfig(), optimizer=job.optimizer)  # type: ignore[arg-type]
+    settings = TrainConfig(CoderConfig(), optimizer=job.optimizer)
     optimizers = Optimizers(parameters, settings, cfg.num_latents, total=10)
 
     def step() -> None:
@@ -176,9 +179,12 @@ def _model_seconds(job: Job) -> float:
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The shortest of some runs, after one to warm up."""
+    """The shortest of some runs, after one to warm up: what else the machine does only adds."""
     call()
-    return min(_once(call, device) for _ in range(REPEATS))
+    times = [_once(call, device)]
+    while len(times) < RUNS[0] or (sum(times) < MEASURED_SECONDS and len(times) < RUNS[1]):
+        times.append(_once(call, device))
+    return min(times)
 
 
 def _once(call: Callable[[], object], device: torch.device) -> float:

@@ -49,10 +49,10 @@ def print_estimate(figures: dict[str, Any], console: Console | None = None) -> N
         parts = ", ".join(
             f"{name} {seconds[name]:.3g}" for name in ("model", "coders", "optimizer")
         )
+        rate, tokens = _rounded(figures["tokens_per_s"]), figures["tokens_per_step"]
         console.print(
-            f"About {_rounded(figures['tokens_per_s'])} tokens/s: {figures['tokens_per_step']:,} tokens "
-            f"a step in {seconds['total']:.3g} s ({parts}). Inferred from a small step measured on "
-            f"{figures['device']}; expect it to be right within a factor of two.",
+            f"About {rate} tokens/s: {tokens:,} tokens a step in {seconds['total']:.3g} s ({parts}). "
+            f"Inferred from a small step measured on {figures['device']}; expect it to be right within a factor of two.",
             highlight=False,
         )
 
