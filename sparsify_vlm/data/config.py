@@ -68,7 +68,7 @@ class DataConfig:
     """Images with more pixels than this are refused, before they are decoded."""
 
     data_preprocessing_num_proc: int = 1
-    """Processes that tokenise plain text."""
+    """Processes that tokenise plain text; as with upstream, their number moves the chunks."""
 
     def __post_init__(self) -> None:
         if self.dataset and self.dataset_mix:

@@ -2,8 +2,8 @@
 
 Documents are joined in groups of 2048 by EOS, which also opens each group, and the tokens cut into
 chunks; a group's last chunk, which is shorter, is dropped. Unlike upstream's, a last group too
-short for one chunk is dropped instead of ending the run. Chunks do not depend on the number of
-processes.
+short for one chunk is dropped instead of ending the run. As upstream's, several processes each join
+the documents of their own part.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def chunked(rows: Rows | Stream, column: str, tokenizer: Any, cfg: DataConfig) -
             f"{rows.name}: all its text is shorter than one chunk of {cfg.ctx_len} tokens; "
             "lower --ctx_len"
         )
-    return TableRows(rows.name, tokenised, None, f"{rows.identity} {column}")
+    return TableRows(rows.name, tokenised, None, f"{rows.identity} {column} {processes}")
 
 
 def _chunk_columns(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
+import families
 import pytest
-from PIL import Image
 
 from sparsify_vlm.models import LoadedModel, load_model
 
@@ -32,17 +31,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets.disable_progress_bars()
 
 
-def picture(seed: int, size: int = 48) -> Image.Image:
-    """A picture of random pixels."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """A folder with p0.png to p9.png."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i in range(10):
-        picture(i).save(folder / f"p{i}.png")
+        families.picture(48, 48, i).save(folder / f"p{i}.png")
     return folder

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -123,9 +125,12 @@ def test_an_url_that_cannot_be_fetched_is_named(url: str) -> None:
 
 
 def test_a_bomb_is_refused_before_it_is_decoded() -> None:
-    ref = saved(Image.new("1", (20_000, 20_000)))  # 50 KB that would unpack to 1.2 GB
+    data = saved(Image.new("RGB", (1, 1))).data
+    assert data is not None
+    header = b"IHDR" + struct.pack(">II", 1_000_000, 1_000_000) + data[24:29]  # 3 terabytes
+    bomb = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
     with pytest.raises(BadImage, match="too large"):
-        ref.decode()
+        ImageRef("it", data=bomb).decode()
 
 
 def test_the_limit_on_pixels_is_the_callers() -> None:

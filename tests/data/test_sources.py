@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import picture
 from datasets import Dataset, DatasetDict, Image, List
+from families import picture
 
 from sparsify_vlm.data import BadSample, DataConfig, Sample, SampleSource, open_samples
 from sparsify_vlm.errors import UserError
@@ -138,7 +138,7 @@ def test_every_kind_of_dataset_gives_its_rows(vlm: LoadedModel, pictures: Path, 
     assert len(source) == source.size == 10
     assert answers(samples) == [str(i) for i in range(10)]
     assert all(sample.turns[0].text == QUESTION for sample in samples)
-    assert colours(samples[7]) == picture(7).tobytes()
+    assert colours(samples[7]) == picture(48, 48, 7).tobytes()
     assert len({sample.id for sample in samples}) == 10
 
 
@@ -159,13 +159,13 @@ def test_slices_of_a_split(vlm: LoadedModel, pictures: Path, kind: Any) -> None:
 
 
 def test_a_folder_of_images_in_natural_order(vlm: LoadedModel, pictures: Path) -> None:
-    picture(10).save(pictures / "p10.png")
+    picture(48, 48, 10).save(pictures / "p10.png")
     (pictures / "notes.txt").write_text("no image")
     samples = list(opened(vlm, pictures, shuffle_seed=-1))
     assert len(samples) == 11
     assert [colours(sample) for sample in samples[9:]] == [
-        picture(9).tobytes(),
-        picture(10).tobytes(),
+        picture(48, 48, 9).tobytes(),
+        picture(48, 48, 10).tobytes(),
     ]
     assert samples[0].turns[0].n_images == 1
 
@@ -179,7 +179,7 @@ def test_lists_of_images_stay_undecoded(vlm: LoadedModel, pictures: Path) -> Non
     dataset = dataset.cast_column("images", List(Image()))
     dataset.save_to_disk(pictures / "saved")
     good, bad = opened(vlm, pictures / "saved", shuffle_seed=-1)
-    assert colours(good) == picture(0).tobytes()
+    assert colours(good) == picture(48, 48, 0).tobytes()
     assert bad.answer == "red"
 
 
@@ -188,7 +188,7 @@ def test_image_root_says_where_paths_start(
 ) -> None:
     path = as_jsonl(tmp_path)
     source = opened(vlm, path, image_root=str(pictures), shuffle_seed=-1)
-    assert colours(next(iter(source))) == picture(0).tobytes()
+    assert colours(next(iter(source))) == picture(48, 48, 0).tobytes()
     with pytest.raises(UserError, match=r"--image_root .*away"):
         opened(vlm, path, image_root=str(tmp_path / "away"))
 
@@ -200,7 +200,7 @@ def test_streams_give_the_same_rows(vlm: LoadedModel, pictures: Path) -> None:
     with pytest.raises(TypeError, match="length is not known"):
         len(source)
     assert answers(list(source)) == [str(i) for i in range(10)]
-    assert colours(next(iter(source))) == picture(0).tobytes()
+    assert colours(next(iter(source))) == picture(48, 48, 0).tobytes()
 
 
 def test_streams_start_anywhere_in_a_fixed_order(vlm: LoadedModel, pictures: Path) -> None:

@@ -47,9 +47,12 @@ def as_text_file(folder: Path) -> Path:
     return folder / "corpus.txt"
 
 
-def upstream(tokenizer: Any) -> Dataset:
+def upstream(tokenizer: Any, processes: int = 1) -> Dataset:
     return chunk_and_tokenize(
-        Dataset.from_dict({"text": documents()}), tokenizer, num_proc=1, max_seq_len=CTX_LEN
+        Dataset.from_dict({"text": documents()}),
+        tokenizer,
+        num_proc=processes,
+        max_seq_len=CTX_LEN,
     )
 
 
@@ -60,6 +63,14 @@ def test_chunks_and_their_order_are_upstreams(llm: LoadedModel, tmp_path: Path, 
     assert [list(sample.input_ids or ()) for sample in samples] == [
         row.tolist() for row in expected
     ]
+
+
+def test_several_processes_chunk_as_upstreams_do(llm: LoadedModel, tmp_path: Path) -> None:
+    expected = upstream(llm.tokenizer, 2)["input_ids"]
+    source = opened(llm, as_parquet(tmp_path), shuffle_seed=-1, data_preprocessing_num_proc=2)
+    assert [list(sample.input_ids or ()) for sample in source] == [row.tolist() for row in expected]
+    single = opened(llm, as_parquet(tmp_path), shuffle_seed=-1)
+    assert source.fingerprint != single.fingerprint
 
 
 def test_streams_are_chunked_alike(llm: LoadedModel, tmp_path: Path) -> None:
