@@ -8,11 +8,14 @@ per batch, M = N / micro_acc_steps of them at a time, G = grad_acc_steps:
     weights, gradients    4 bytes each per parameter
     optimizer   signum 4 (z of schedule-free), adam 8, muon 4 per matrix and 8 per vector entry
     tokens      x and y of G batches, and of one more while uncounted tokens are taken out
-    step        x in float32, per active latent 36 bytes (value, index, gradient, three orders), or
-                the [M, F] matrices of the dense path; pre-activations; four [M, d] matrices
+    latents     per active one 36 bytes (value, index, gradient, three orders), and the [M, F]
+                matrices of the dense path; x in float32 where it is not
+    encoding    the pre-activations of one coder, as many as are made at a time
+    step        four [M, d] matrices; on the dense path an [M, F] one; a gradient being added
 
-The peak is the largest of three moments: the model's forward pass, the coders' step, and saving,
-when schedule-free's averages stand beside the weights.
+The peak is the largest of four moments: the model's forward pass, encoding (with the gradients of
+the parts before), the coders' backward pass, and saving, when schedule-free's averages stand beside
+the weights.
 """
 
 from __future__ import annotations
@@ -94,6 +97,11 @@ class Job:
         return -(-self.tokens // self.micro_acc_steps)
 
     @property
+    def in_parts(self) -> bool:
+        """Whether gradients of several parts are added up before a step."""
+        return self.micro_acc_steps * self.grad_acc_steps > 1
+
+    @property
     def dense(self) -> bool:
         """Whether the coders' products go through dense matrices."""
         table = torch.empty(self.clt.num_latents, 0, device=self.device)
@@ -112,19 +120,32 @@ class Footprint:
     """x and y."""
     forward: int
     """What the model's forward pass needs beside them."""
+    latents: int
+    """Active latents of all coders, and what is kept beside them during a step."""
+    encoding: int
+    """Pre-activations of one coder."""
     step: int
-    """What the coders' step needs beside them."""
+    """What the coders' backward pass needs beside them."""
     saving: int
+    gradients_while_encoding: bool
 
     @property
     def peak(self) -> int:
         """The most that is held at any moment."""
         held = self.weights + self.optimizer + self.model + self.tokens
-        return held + max(self.forward, self.gradients + self.step, self.saving)
+        return held + max(self.forward, self.coders, self.saving)
+
+    @property
+    def coders(self) -> int:
+        """The most that the coders' forward and backward pass holds."""
+        before = self.gradients if self.gradients_while_encoding else 0
+        return self.latents + max(before + self.encoding, self.gradients + self.step)
 
     def as_dict(self) -> dict[str, int]:
         """All parts and the peak."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"peak": self.peak}
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        del parts["gradients_while_encoding"]
+        return parts | {"peak": self.peak}
 
 
 def footprint(job: Job) -> Footprint:
@@ -142,8 +163,11 @@ def footprint(job: Job) -> Footprint:
         model=job.model.parameters * job.weight_bytes if job.model else 0,
         tokens=batch * (job.grad_acc_steps + 1),
         forward=_forward_bytes(job),
+        latents=_latent_bytes(job),
+        encoding=_encoding_bytes(job),
         step=_step_bytes(job),
         saving=weights if job.optimizer == "signum" else 0,
+        gradients_while_encoding=job.in_parts,
     )
 
 
@@ -155,20 +179,19 @@ def _forward_bytes(job: Job) -> int:
     return job.tokens * width * job.number_bytes
 
 
-def _step_bytes(job: Job) -> int:
+def _latent_bytes(job: Job) -> int:
     cfg, M, F = job.clt, job.micro_tokens, job.clt.num_latents
-    S, d = len(cfg.source_layers()), cfg.d_model
-    copied = 0 if job.number_bytes == FLOAT else S * M * d * FLOAT
-    matrices = (S + 1) * M * F * FLOAT if job.dense else S * F * 8
+    copied = 0 if job.number_bytes == FLOAT else M * cfg.d_model * FLOAT
+    arranged = M * F * FLOAT if job.dense else F * 8
+    return len(cfg.source_layers()) * (copied + M * cfg.k * PER_ACTIVE_LATENT + arranged)
+
+
+def _encoding_bytes(job: Job) -> int:
+    F = job.clt.num_latents
     limit = PRE_ACTIVATIONS_AT_ONCE.get(job.device.type, PRE_ACTIVATIONS_AT_ONCE["cpu"])
-    pre = 2 * min(M * F, max(limit, F)) * FLOAT
-    again = job.grad_acc_steps * job.micro_acc_steps > 1
-    new_gradient = F * d * FLOAT if again else 0
-    return (
-        copied
-        + S * M * cfg.k * PER_ACTIVE_LATENT
-        + matrices
-        + pre
-        + 4 * M * d * FLOAT
-        + new_gradient
-    )
+    return min(job.micro_tokens * F, max(limit, F)) * FLOAT
+
+
+def _step_bytes(job: Job) -> int:
+    M, F, d = job.micro_tokens, job.clt.num_latents, job.clt.d_model
+    return (4 * M * d + (F * d if job.in_parts else 0) + (M * F if job.dense else 0)) * FLOAT

@@ -14,7 +14,9 @@ _PARTS = (
     ("model", "model"),
     ("x and y of the batches", "tokens"),
     ("model's forward pass", "forward"),
-    ("coders' step", "step"),
+    ("active latents", "latents"),
+    ("pre-activations of one coder", "encoding"),
+    ("coders' backward pass", "step"),
     ("averaged weights, while saving", "saving"),
 )
 
@@ -51,8 +53,9 @@ def print_estimate(figures: dict[str, Any], console: Console | None = None) -> N
         )
         rate, tokens = _rounded(figures["tokens_per_s"]), figures["tokens_per_step"]
         console.print(
-            f"About {rate} tokens/s: {tokens:,} tokens a step in {seconds['total']:.3g} s ({parts}). "
-            f"Inferred from a small step measured on {figures['device']}; expect it to be right within a factor of two.",
+            f"About {rate} tokens/s: {tokens:,} tokens a step in {seconds['total']:.3g} s "
+            f"({parts}). Inferred from a small step measured on {figures['device']}; expect it to "
+            "be right within a factor of two.",
             highlight=False,
         )
 

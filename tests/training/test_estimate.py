@@ -101,8 +101,8 @@ def test_the_steps_bytes_are_about_those_torch_allocates(F, micro, number_bytes)
         forward_backward(clt, x, x)  # gradients are there already
     peak = _peak_bytes(lambda: forward_backward(clt, x, x, variance=torch.ones(4)))
     found = footprint(job(cfg, tokens=2048, micro_acc_steps=micro, number_bytes=number_bytes))
-    expected = found.step + (found.gradients if micro == 1 else 0)
-    assert 0.5 * expected < peak < 1.5 * expected
+    expected = found.coders - (found.gradients if micro > 1 else 0)
+    assert 0.7 * expected < peak < 1.4 * expected
 
 
 def _peak_bytes(call) -> int:
@@ -120,12 +120,9 @@ def _peak_bytes(call) -> int:
 
 def test_the_peak_is_the_largest_of_three_moments():
     found = footprint(job(config(), tokens=4))
-    assert found.peak == (
-        found.weights
-        + found.optimizer
-        + found.tokens
-        + max(found.gradients + found.step, found.saving)
-    )
+    held = found.weights + found.optimizer + found.tokens
+    backward = found.latents + found.gradients + found.step
+    assert found.peak == held + max(found.saving, found.latents + found.encoding, backward)
     assert found.weights == found.gradients == found.saving == 4 * count_parameters(config()).total
 
 
@@ -137,7 +134,7 @@ def test_the_skeleton_has_the_models_parameters():
         loaded, found = load_model(name, "cpu"), read_skeleton(name)
         assert found.parameters == sum(p.numel() for p in loaded.model.parameters())
         assert (found.n_layers, found.d_model) == (loaded.stack.n_layers, loaded.stack.d_model)
-    assert found.encoder_parameters == found.image_patches == 0  # of the text model, but its norm
+    assert (found.encoder_parameters, found.image_patches) == (96, 0)  # of tiny-llama: its norm
 
 
 def test_the_skeleton_of_a_text_model_splits_into_layers_and_ends(tmp_path):
