@@ -16,18 +16,18 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sparsify_vlm.data.config import DataConfig
 from sparsify_vlm.errors import UserError
 
 if TYPE_CHECKING:
-    from sparsify_vlm.data.prompts import EncodedBatch
+    from sparsify_vlm.data.encoding import EncodedBatch
     from sparsify_vlm.data.sources import SampleSource
     from sparsify_vlm.data.store_writer import StoreWriter, TokenRows
-    from sparsify_vlm.models import LoadedModel
+    from sparsify_vlm.models import InputSite, LoadedModel
 
-SHARD_BYTES = 256 << 20
+SHARD_BYTES = 64 << 20
 """Size of a shard's two files together, unless --shard_tokens says otherwise."""
 SITES = ("mlp_in", "resid_mid")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -69,7 +69,7 @@ class CaptureConfig(DataConfig):
     """Samples that the model sees at a time."""
 
     shard_tokens: int | None = None
-    """Tokens per shard; the batch that reaches them is its last. Default: as many as fill 256 MiB.
+    """Tokens per shard; the batch that reaches them is its last. Default: as many as fill 64 MiB.
     Up to three shards are in memory."""
 
     device: str | None = None
@@ -196,7 +196,8 @@ def _token_rows(
     dtype = getattr(torch, cfg.dtype)
     if not len(batch):
         return _no_rows(len(layers), loaded.stack.d_model, dtype, skipped)
-    table = record_tokens(loaded, batch.inputs, cfg.input_site, layers, dtype=dtype)
+    site = cast("InputSite", cfg.input_site)
+    table = record_tokens(loaded, batch.inputs, site, layers, dtype=dtype)
     columns = ("x", "y", "input_ids", "position", "sample", "role", "patch")
     copies = {name: _to_cpu(getattr(table, name)) for name in columns}
     rows = TokenRows(**copies, samples=batch.ids, skipped=skipped)

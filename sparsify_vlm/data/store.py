@@ -110,9 +110,10 @@ class ActivationStore:
         return counts
 
     @property
-    def model(self) -> str:
-        """Name of the model that was captured."""
-        return str(self.manifest["model"])
+    def model(self) -> str | None:
+        """Name of the model that was captured; None if an import did not name it."""
+        model: str | None = self.manifest["model"]
+        return model
 
     @property
     def revision(self) -> str | None:
@@ -180,8 +181,7 @@ class ActivationStore:
 
         The last part of a name counts, so that a model's local copy is taken for the model.
         """
-        ours, theirs = (canonical_model(n).rstrip("/").split("/")[-1] for n in (self.model, name))
-        if ours.lower() != theirs.lower():
+        if self.model is not None and _last_part(self.model) != _last_part(name):
             raise UserError(f"{self.path} holds activations of {self.model}, not of {name}")
         if self.d_model != d_model:
             raise UserError(
@@ -357,6 +357,10 @@ class _Mapped:
         """Copy `rows` of every stored layer into out [L, len(rows), d]."""
         for slot, layer in enumerate(layers):
             torch.index_select(self.values[kind][slot], 0, rows, out=out[layer])
+
+
+def _last_part(model: str) -> str:
+    return canonical_model(model).rstrip("/").split("/")[-1].lower()
 
 
 def _joined(name: str, parts: list[Tensor]) -> Tensor:

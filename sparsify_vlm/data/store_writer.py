@@ -213,17 +213,17 @@ class StoreWriter:
     def _check_finite(self, batch: TokenRows, number: int) -> None:
         import torch
 
-        if not len(batch):
-            return
         for kind, values in (("x", batch.x), ("y", batch.y)):
-            bounds = torch.stack(values.flatten(1).aminmax(dim=1))
-            finite = bounds.isfinite().all(0)
-            if not bool(finite.all()):
-                layer = self.manifest[f"{kind}_layers"][int((~finite).nonzero()[0, 0])]
+            # A sum is ten times quicker than isfinite, and not finite if any of its terms is not.
+            if bool(values.sum((1, 2), dtype=torch.float32).isfinite().all()):
+                continue
+            wrong = ~values.flatten(1).isfinite().all(1)
+            if bool(wrong.any()):
+                layer = self.manifest[f"{kind}_layers"][int(wrong.nonzero()[0, 0])]
+                which = f" ({batch.samples[0]} to {batch.samples[-1]})" if batch.samples else ""
                 raise UserError(
-                    f"{kind} of {self.manifest['hookpoints'][layer]} in batch {number} (samples "
-                    f"{batch.samples[0]} to {batch.samples[-1]}) holds NaN or infinity: run the "
-                    "model in another dtype"
+                    f"{kind} of {self.manifest['hookpoints'][layer]} in batch {number}{which} "
+                    "holds NaN or infinity: another dtype of the model or of the store may help"
                 )
 
     def _open(self) -> None:

@@ -83,7 +83,8 @@ def record_tokens(
     def write(layer: int, x_layer: Tensor, y_layer: Tensor) -> None:
         for table, values in ((x, x_layer), (y, y_layer)):
             rows = values.flatten(0, 1).to(loaded.device)
-            table[slot[layer]] = rows if len(rows) == len(kept) else rows[kept]
+            whole = len(rows) == len(kept)
+            table[slot[layer]].copy_(rows if whole else rows.index_select(0, kept))
 
     with stack.reading(write, input_site, chosen):
         out = loaded.forward(inputs, logits=logits)
