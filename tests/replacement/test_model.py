@@ -9,7 +9,8 @@ import torch
 from families import D_MODEL, N_LAYERS, VLMS, example, shared
 from torch import nn
 
-from sparsify_vlm.coders import Clt, CltConfig
+from sparsify_vlm.coders import Clt, CltConfig, save_clt
+from sparsify_vlm.data import ShapesDataset
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.models import Role
 from sparsify_vlm.replacement import Ablation, ExcludedTokens, VLMReplacementModel
@@ -402,3 +403,25 @@ def test_coders_of_another_model_are_refused():
         VLMReplacementModel(loaded, random_clt(loaded, hookpoints=names))
     with pytest.raises(UserError, match="give --model"):
         VLMReplacementModel.from_pretrained(None, random_clt(loaded))
+
+
+def test_from_names_and_of_a_model_in_bfloat16(tmp_path):
+    names = [f"language_model.model.layers.{i}.mlp" for i in range(8)]
+    clt = Clt(CltConfig(96, names, num_latents=F, k=K, n_targets=8, model="tiny-llava"))
+    save_clt(clt, tmp_path)
+    model = VLMReplacementModel.from_pretrained(None, tmp_path, "cpu", "bfloat16")
+    assert model.loaded.name == "tiny-llava"
+    assert (model.loaded.dtype, model.clt.dtype) == (torch.bfloat16, torch.float32)
+    row = ShapesDataset("heldout", 1)[0]
+    text = f"USER: <image>\n{row['question']} ASSISTANT:"
+    inputs = dict(model.loaded.processor(text=text, images=row["image"], return_tensors="pt"))
+    logits = model(**inputs).logits
+    assert logits.dtype == torch.bfloat16
+    # All weights are zero, so all MLPs but those at BOS write zeros.
+    keep = (inputs["input_ids"] == model.loaded.tokenizer.bos_token_id)[..., None]
+    own = {}
+    with model.loaded.stack.reading(lambda i, x, y: own.update({i: y.clone()})):
+        model.loaded.forward(inputs)
+    with model.loaded.stack.replacing(lambda i, x: own[i] * keep):
+        expected = model.loaded.forward(inputs, logits=True).logits
+    torch.testing.assert_close(logits, expected, rtol=0.02, atol=0.05)
