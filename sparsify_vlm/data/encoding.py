@@ -187,17 +187,19 @@ def _process(
     images: Sequence[list[Image]],
 ) -> dict[str, Tensor]:
     """The batch, right-padded: rows with images by the processor, the others between them."""
-    shown = [i for i, found in enumerate(images) if found]
-    inputs: dict[str, Tensor] = {}
-    if shown:
-        rows = [(samples[i], prompts[i] or Prompt(""), images[i]) for i in shown]
-        inputs = _process_shown(prompter, rows)
+    rows = {
+        i: (sample, prompt, images[i])
+        for i, (sample, prompt) in enumerate(zip(samples, prompts, strict=True))
+        if images[i] and prompt is not None
+    }
+    shown = list(rows)
+    inputs = _process_shown(prompter, list(rows.values())) if rows else {}
     if len(shown) == len(samples):
         return inputs
     plain = {
         i: _plain_row(prompter, sample, prompt)
         for i, (sample, prompt) in enumerate(zip(samples, prompts, strict=True))
-        if not images[i]
+        if i not in rows
     }
     return _between(prompter, shown, inputs, plain)
 

@@ -42,16 +42,17 @@ class Prompter:
     @classmethod
     def of(cls, loaded: LoadedModel) -> Prompter:
         """The model's `Prompter`."""
+        from sparsify_vlm.models.roles import image_token_id
+
         image_token = getattr(loaded.processor, "image_token", None) if loaded.is_vlm else None
+        if loaded.is_vlm and image_token is None:
+            image_token = loaded.tokenizer.convert_ids_to_tokens(image_token_id(loaded.config))
         return cls(loaded.processor, loaded.tokenizer, image_token)
 
     @cached_property
     def has_template(self) -> bool:
-        """Whether the model brings a chat template of its own."""
-        return bool(
-            getattr(self.processor, "chat_template", None)
-            or getattr(self.tokens, "chat_template", None)
-        )
+        """Whether there is a chat template; a VLM's tokenizer may have one that knows no images."""
+        return bool(getattr(self.processor, "chat_template", None))
 
     @cached_property
     def takes_suffix(self) -> bool:
@@ -91,7 +92,7 @@ class Prompter:
             text: str = self.processor.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=open_turn
             )
-        except TemplateError as error:
+        except (TemplateError, ValueError) as error:
             raise BadSample(sample.id, f"the chat template refuses its turns: {error}") from None
         return Prompt(text if open_turn else self._closed(text, str(sample.answer)))
 

@@ -266,13 +266,13 @@ def _line(error: Exception) -> str:
 
 def _undecoded(dataset: Any) -> Any:
     """The same dataset with every image column, lists of images too, as {bytes, path}."""
-    from datasets import Image, List
+    from datasets import Image
 
     for column, feature in (dataset.features or {}).items():
         if isinstance(feature, Image):
             dataset = dataset.cast_column(column, Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), Image):
-            dataset = dataset.cast_column(column, List(Image(decode=False)))
+            dataset = dataset.cast_column(column, type(feature)(Image(decode=False)))
     return dataset
 
 

@@ -63,7 +63,7 @@ class Sample:
     text: str | None = None
     """Text taken as it is, without a chat template."""
     input_ids: tuple[int, ...] | None = None
-    """Text that is tokenised already."""
+    """Text that is tokenised already; no images then."""
     kind: str = "chat"
     """chat or text."""
     type: str | None = None
