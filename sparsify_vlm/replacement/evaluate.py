@@ -155,21 +155,21 @@ class _Sums:
         self.samples += len(batch)
         self.references |= reference_answers(model.loaded, batch, self.cfg.max_new_tokens)
         assert table.logits is not None
-        own = self._own(batch, table.logits)
-        if own is None:
+        asked = self._asked(batch)
+        if asked is None:
             return
-        self.predictions["model"].add(own.log_p, own.log_p, own.labels)
+        own = table.logits[:, :-1][asked.scored].float().log_softmax(-1)
+        self.predictions["model"].add(own, asked.labels, own)
         for arm in distinct_arms(model.clt.cfg):
-            self._add_spliced(arm, own, batch, model.replaced(ABLATIONS[arm]))
+            self._add_spliced(arm, asked, batch, model.replaced(ABLATIONS[arm]), own)
         zeros = torch.zeros(len(model.layers), model.clt.cfg.d_model)
-        self._add_spliced("zero", own, batch, self._constant(zeros))
+        self._add_spliced("zero", asked, batch, self._constant(zeros))
 
     def add_mean_ablated(self, batch: EncodedBatch, means: Tensor) -> None:
         """Step 3 for one batch."""
-        logits = self.model.loaded.forward(batch.inputs, logits=True).logits
-        own = self._own(batch, logits)
-        if own is not None:
-            self._add_spliced("mean", own, batch, self._constant(means))
+        asked = self._asked(batch)
+        if asked is not None:
+            self._add_spliced("mean", asked, batch, self._constant(means))
 
     def _add_layers(self, table: TokenTable) -> None:
         _check_finite(table, self.model)
@@ -178,21 +178,27 @@ class _Sums:
         self.roles += torch.bincount(table.role[counted].cpu(), minlength=len(Role))
         self.layers.add(table.x[:, counted], table.y[:, counted], table.role[counted])
 
-    def _own(self, batch: EncodedBatch, logits: Tensor) -> _Own | None:
-        """The model's own predictions of the scored tokens; None if the batch has none."""
-        scored = scored_tokens(batch, self.model.loaded.stack.roles(batch.inputs))[:, 1:]
+    def _asked(self, batch: EncodedBatch) -> _Asked | None:
+        """The predictions that are scored; None if the batch has none."""
+        roles = self.model.loaded.stack.roles(batch.inputs)
+        scored = scored_tokens(batch, roles)[:, 1:]
         if not bool(scored.any()):
             return None
-        scored = scored.to(logits.device)
-        labels = batch.inputs["input_ids"].to(logits.device)[:, 1:][scored]
-        return _Own(scored, labels, logits[:, :-1][scored].float().log_softmax(-1))
+        labels = batch.inputs["input_ids"][:, 1:][scored]
+        device = self.model.loaded.device
+        return _Asked(scored.to(device), labels.to(device))
 
     def _add_spliced(
-        self, arm: str, own: _Own, batch: EncodedBatch, splice: AbstractContextManager[None]
+        self,
+        arm: str,
+        asked: _Asked,
+        batch: EncodedBatch,
+        splice: AbstractContextManager[None],
+        own: Tensor | None = None,
     ) -> None:
         with splice:
             logits = self.model.loaded.forward(batch.inputs, logits=True).logits
-        self.predictions[arm].add(logits[:, :-1][own.scored], own.log_p, own.labels)
+        self.predictions[arm].add(logits[:, :-1][asked.scored], asked.labels, own)
 
     def _constant(self, values: Tensor) -> AbstractContextManager[None]:
         """Every MLP a coder writes to writes its row of `values` [L, d] instead."""
@@ -203,15 +209,13 @@ class _Sums:
 
 
 @dataclass
-class _Own:
-    """The model's own predictions in one batch: N scored tokens."""
+class _Asked:
+    """The predictions of one batch that are scored, N in number."""
 
     scored: Tensor
     """bool [B, S − 1]: whether the next token is scored."""
     labels: Tensor
-    """[N]."""
-    log_p: Tensor
-    """[N, V]."""
+    """The next tokens, [N]."""
 
 
 def scored_tokens(batch: EncodedBatch, roles: Tensor) -> Tensor:

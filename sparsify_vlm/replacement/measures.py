@@ -149,16 +149,23 @@ class Predictions:
     """Next-token predictions of one spliced model beside the model's own."""
 
     tokens: int = 0
+    _compared: int = 0
     _cross_entropy: float = 0.0
     _kl: float = 0.0
     _same_top: int = 0
 
-    def add(self, logits: Tensor, own: Tensor, labels: Tensor) -> None:
-        """Count N predictions: logits [N, V], the model's own log-probabilities [N, V], labels."""
+    def add(self, logits: Tensor, labels: Tensor, own: Tensor | None = None) -> None:
+        """Count N predictions: logits [N, V], labels [N], the model's own log-probabilities [N, V].
+
+        Without the last only the cross-entropy is counted.
+        """
         log_q = logits.float().log_softmax(-1)
         self.tokens += len(labels)
         chosen = log_q.gather(1, labels.long()[:, None])
         self._cross_entropy -= float(chosen.sum(dtype=torch.float64))
+        if own is None:
+            return
+        self._compared += len(labels)
         # Where p is 0 in float32 the term is 0, whatever q is.
         terms = own.exp() * (own - log_q).masked_fill(own.isneginf(), 0.0)
         self._kl += float(terms.sum(dtype=torch.float64))
@@ -172,12 +179,12 @@ class Predictions:
     @property
     def kl(self) -> float | None:
         """Mean KL(model ‖ spliced) in nats; rounding below 0 is cut."""
-        return finite(max(self._kl, 0.0) / self.tokens) if self.tokens else None
+        return finite(max(self._kl, 0.0) / self._compared) if self._compared else None
 
     @property
     def top1_match(self) -> float | None:
         """Share of tokens for which both predict the same."""
-        return self._same_top / self.tokens if self.tokens else None
+        return self._same_top / self._compared if self._compared else None
 
 
 def recovered(ce: float | None, ablated: float | None, own: float | None) -> float | None:

@@ -99,7 +99,7 @@ def test_predictions_are_those_of_plain_sums():
     labels = torch.randint(0, 11, (30,), generator=generator)
     found = Predictions()
     for part in (slice(0, 7), slice(7, 30)):
-        found.add(q[part], p[part].log_softmax(-1), labels[part])
+        found.add(q[part], labels[part], p[part].log_softmax(-1))
     ce = kl = same = 0.0
     for i in range(30):
         own = [math.exp(v) for v in p[i].tolist()]
@@ -116,7 +116,7 @@ def test_predictions_are_those_of_plain_sums():
 def test_a_word_the_model_gives_no_probability_adds_nothing_to_kl():
     log_p = torch.tensor([[0.0, -math.inf]])
     found = Predictions()
-    found.add(torch.tensor([[0.0, -math.inf]]), log_p, torch.tensor([0]))
+    found.add(torch.tensor([[0.0, -math.inf]]), torch.tensor([0]), log_p)
     assert (found.kl, found.cross_entropy) == (0.0, 0.0)
 
 
