@@ -59,7 +59,15 @@ class Stream:
         self.root, self.identity = root, identity
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.dataset)
+        read = 0
+        try:
+            for row in self.dataset:
+                yield row
+                read += 1
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"dataset {self.name}: the stream broke off after {read} rows: {_line(error)}"
+            ) from None
 
 
 class TableRows(Rows):
@@ -136,9 +144,12 @@ def _arguments(text: str) -> dict[str, Any]:
     import yaml
 
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    if any(not name.strip() or not equals for name, equals, _ in pairs):
-        raise UserError(f"--data_args {text}: write it as arg1=val1,arg2=val2")
-    return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+    try:
+        if all(name.strip() and equals for name, equals, _ in pairs):
+            return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+    except yaml.YAMLError:
+        pass  # told below
+    raise UserError(f"--data_args {text}: write it as arg1=val1,arg2=val2")
 
 
 def _shapes(cfg: DataConfig, loaded: LoadedModel, arguments: dict[str, Any]) -> Rows:
@@ -220,14 +231,17 @@ def _load(
     """`datasets.load_dataset`, every failure as one line."""
     offline_if_unreachable()
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         with _quiet():
             found = load_dataset(source, split=cfg.split, streaming=cfg.streaming, **arguments)
     # What load_dataset raises for a missing, gated, offline, damaged or misnamed dataset:
-    # OSError (DatasetNotFoundError, ConnectionError, Hub errors) and ValueError (splits, configs).
-    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise UserError(_cannot_load(name, cfg, error)) from None
+    # OSError (DatasetNotFoundError, ConnectionError, Hub errors), ValueError (splits, configs) and
+    # DatasetsError, whose cause says more.
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError, DatasetsError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetsError) else None
+        raise UserError(_cannot_load(name, cfg, cause or error)) from None
     if cfg.streaming:
         return _stream(name, found, root, cfg)
     return _table(name, found, root, cfg)
@@ -246,7 +260,7 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _cannot_load(name: str, cfg: DataConfig, error: Exception) -> str:
+def _cannot_load(name: str, cfg: DataConfig, error: BaseException) -> str:
     from datasets.exceptions import DatasetNotFoundError
 
     reason = _line(error)
@@ -260,7 +274,7 @@ def _cannot_load(name: str, cfg: DataConfig, error: Exception) -> str:
     return f"dataset {name} cannot be read: {reason}"
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

@@ -212,6 +212,13 @@ def test_streams_start_anywhere_in_a_fixed_order(vlm: LoadedModel, pictures: Pat
         assert list(source.from_index(start)) == order[start:]
 
 
+def test_a_stream_that_breaks_off_says_where(vlm: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,answer\n" + "a,b\n" * 3 + "c,d,e,f\n")
+    source = opened(vlm, tmp_path / "rows.csv", streaming=True, shuffle_seed=-1)
+    with pytest.raises(UserError, match=r"rows\.csv: the stream broke off after 0 rows: .*line 5"):
+        list(source)
+
+
 def test_bad_rows_leave_their_number_empty(vlm: LoadedModel, tmp_path: Path) -> None:
     content = rows()
     content[2]["question"], content[5]["image"] = None, 5
@@ -248,6 +255,8 @@ def test_shapes_arguments(vlm: LoadedModel) -> None:
         opened(vlm, "shapes", data_args="colour=red")
     with pytest.raises(UserError, match=r"arg1=val1"):
         opened(vlm, "shapes", data_args="size")
+    with pytest.raises(UserError, match=r"arg1=val1"):
+        opened(vlm, "shapes", data_args="size=[")
     with pytest.raises(UserError, match="splits train, heldout"):
         opened(vlm, "shapes", split="test")
 
@@ -286,6 +295,7 @@ MISTAKES = [
     ("number.json", {}, "no list of rows"),
     ("weights.pt", {}, r"unknown kind of file; known are \.json"),
     ("broken.parquet", {}, r"broken\.parquet cannot be read"),
+    ("torn.csv", {}, r"torn\.csv cannot be read: .*line 3"),
     ("empty", {}, "holds no dataset"),
     ("saved", {"split": "dev"}, "splits train, test; there is no dev"),
     ("parquet", {"split": "dev"}, r"--split dev.*train"),
@@ -304,6 +314,7 @@ def test_mistakes_end_in_one_line(
     Path("number.json").write_text("5")
     Path("weights.pt").write_bytes(b"x")
     Path("broken.parquet").write_bytes(b"PAR1 no")
+    Path("torn.csv").write_text("image,question\na,b\nc,d,e,f\n")
     Path("empty").mkdir()
     Path("parquet").mkdir()
     if dataset in ("saved", "parquet"):
