@@ -307,9 +307,11 @@ def _stream(name: str, dataset: IterableDataset, root: Path | None, cfg: DataCon
     import datasets
 
     dataset = _undecoded(dataset)
-    columns = dataset.column_names or list(next(iter(dataset), {}))
     if cfg.shuffle_seed >= 0:
         dataset = dataset.shuffle(seed=cfg.shuffle_seed, buffer_size=SHUFFLE_BUFFER)
     # Which order a seed gives a stream is up to the version of `datasets`.
     identity = f"{name} {cfg.data_args} {cfg.split} datasets {datasets.__version__}"
-    return Stream(name, dataset, list(columns), root, identity)
+    stream = Stream(name, dataset, list(dataset.column_names or []), root, identity)
+    if not stream.columns:
+        stream.columns = list(next(iter(stream), {}))
+    return stream

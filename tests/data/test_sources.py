@@ -214,9 +214,8 @@ def test_streams_start_anywhere_in_a_fixed_order(vlm: LoadedModel, pictures: Pat
 
 def test_a_stream_that_breaks_off_says_where(vlm: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("question,answer\n" + "a,b\n" * 3 + "c,d,e,f\n")
-    source = opened(vlm, tmp_path / "rows.csv", streaming=True, shuffle_seed=-1)
     with pytest.raises(UserError, match=r"rows\.csv: the stream broke off after 0 rows: .*line 5"):
-        list(source)
+        list(opened(vlm, tmp_path / "rows.csv", streaming=True, shuffle_seed=-1))
 
 
 def test_bad_rows_leave_their_number_empty(vlm: LoadedModel, tmp_path: Path) -> None:
