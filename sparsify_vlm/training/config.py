@@ -73,7 +73,7 @@ class RunConfig:
 
 @dataclass
 class TrainConfig(upstream.TrainConfig):
-    """How coders are trained; `sae` says what they are."""
+    """How the coders are trained."""
 
     sae: CoderConfig
 
@@ -84,11 +84,11 @@ class TrainConfig(upstream.TrainConfig):
     """Batch size measured in tokens, for `--activations`; per process, like `batch_size`."""
 
     max_steps: int | None = None
-    """Stop after this number of optimizer steps. Needed where a dataset's length is unknown and
-    the learning rate decays (`adam`, `muon`)."""
+    """Number of optimizer steps, whatever `epochs` says: the data is repeated if need be. Needed
+    where a dataset's length is unknown and the learning rate decays (`adam`, `muon`)."""
 
     epochs: int = 1
-    """Number of passes through the dataset."""
+    """Number of passes through the dataset, if `max_steps` does not say how long the run is."""
 
     filter_bos: bool = True
     """Leave the beginning-of-sequence token out of training and of every figure."""
