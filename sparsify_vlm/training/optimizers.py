@@ -103,7 +103,6 @@ class Optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
             optimizer.step()
-            optimizer.zero_grad()
         return lr
 
     @contextmanager

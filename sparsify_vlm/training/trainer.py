@@ -135,10 +135,11 @@ class Trainer:
     def _loop(self, metrics: Metrics | None, progress: Progress) -> None:
         batches = self._numbered_batches()
         while not self.finished:
-            of_step = list(islice(batches, self.cfg.grad_acc_steps))
-            if len(of_step) < self.cfg.grad_acc_steps:
+            k = self.active_latents()
+            figures = self._gradient(batches, k)
+            if figures is None:
                 return self._say_ended()
-            figures, lr, k = self._train_step(of_step)
+            lr = self._update(figures)
             if self.step % self.cfg.log_every == 0 or self.finished:
                 self._report(figures, lr, k, metrics, progress)
             progress.update()
@@ -163,33 +164,44 @@ class Trainer:
         if self.total is not None:
             print(f"The data ended after {self.step} of {self.total} steps.")
 
-    def _train_step(self, batches: list[tuple[int, TokenBatch]]) -> tuple[StepFigures, float, int]:
+    def _gradient(self, batches: Iterator[tuple[int, TokenBatch]], k: int) -> StepFigures | None:
+        """The gradient of this step's batches and their figures; None if the data ends before."""
         step = JointStep(self.clt, self.world, self.cfg.grad_acc_steps, self.cfg.micro_acc_steps)
-        k = self.active_latents()
-        fresh = self._without_weights
-        for number, batch in batches:
+        fresh, taken = self._without_weights, 0
+        for number, batch in islice(batches, self.cfg.grad_acc_steps):
             found = moments(batch, self.clt.dtype, self.world)
             check_finite(found, self.clt.cfg, number, self._last_kept())
             self._initialise(found)
             if self._unit_norm_decoders:
                 self.clt.set_decoder_norm_to_unit_norm()
             step.add(batch, found, k)
+            taken += 1
+        if taken < self.cfg.grad_acc_steps:
+            self.clt.zero_grad()
+            return None
         figures = step.finish()
         if not math.isfinite(figures.loss):
             raise UserError(
                 f"the loss is not finite at step {self.step + 1}: the coders have diverged, try a "
                 f"smaller --lr than {self.optimizers.lr:.2g}. {self._last_kept()}"
             )
-        if fresh and len(batches) == 1 and self.cfg.sae.transcode:
+        if fresh and taken == 1 and self.cfg.sae.transcode:
             self._drop_bias_noise()
-        if self._unit_norm_decoders:
-            self.clt.remove_gradient_parallel_to_decoder_directions()
-        lr = self.optimizers.step(self.step)
+        return figures
+
+    def _update(self, figures: StepFigures) -> float:
+        """Update the coders and the counts; the learning rate used."""
+        lr = 0.0
+        if figures.tokens:  # none where every sample was bad: nothing to learn from
+            if self._unit_norm_decoders:
+                self.clt.remove_gradient_parallel_to_decoder_directions()
+            lr = self.optimizers.step(self.step)
+        self.clt.zero_grad()
         self.step += 1
         self.clock.tokens += figures.tokens
         self.since_fired += figures.tokens
         self.since_fired[figures.fired] = 0
-        return figures, lr, k
+        return lr
 
     def _drop_bias_noise(self) -> None:
         """Set the decoder biases' gradient to the 0 that it is where they are this batch's mean.

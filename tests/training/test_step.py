@@ -149,11 +149,39 @@ def test_autoencoder_decoders_keep_unit_norm(tmp_path: Path) -> None:
     cfg = toy_config(tmp_path, transcode=False, cross_layer=0, optimizer="adam")
     source = ToySource()
     trainer = toy_trainer(cfg, source)
-    steps = [(i, source.global_batch(i)) for i in range(3)]
-    for number, batch in steps:
+    for number in range(3):
+        batch = source.global_batch(number)
         same = TokenBatch(batch.y, batch.y, batch.role)
-        trainer._train_step([(number, same)])
+        figures = trainer._gradient(iter([(number, same)]), k=4)
+        assert figures is not None
+        trainer._update(figures)
     # Adam moves off the sphere by second order in the learning rate; the next step renormalises.
     for tables in trainer.clt.W_dec:
         norms = tables[0].norm(dim=1)
         torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=2e-2)
+
+
+def test_batches_without_tokens_change_nothing(tmp_path: Path) -> None:
+    """Every sample of the first two batches was bad: training starts with the third."""
+
+    class Holes(ToySource):
+        def global_batch(self, number: int) -> TokenBatch:
+            batch = super().global_batch(max(number - 2, 0))
+            if number >= 2:
+                return batch
+            return TokenBatch(batch.x[:, :0], batch.y[:, :0], batch.role[:0])
+
+    with_holes = toy_trainer(toy_config(tmp_path, run_name="holes", max_steps=8), Holes())
+    with_holes.fit()
+    whole = toy_trainer(toy_config(tmp_path, run_name="whole", max_steps=6))
+    whole.fit()
+    for a, b in zip(with_holes.clt.parameters(), whole.clt.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_accumulated_gradient_is_dropped_where_the_data_ends(tmp_path: Path) -> None:
+    cfg = toy_config(tmp_path, max_steps=None, grad_acc_steps=2)
+    trainer = toy_trainer(cfg, ToySource(n_batches=None))  # a stream of 7
+    trainer.fit()
+    assert trainer.step == 3
+    assert all(p.grad is None for p in trainer.clt.parameters())
