@@ -14,7 +14,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -130,7 +130,7 @@ def capture(cfg: CaptureConfig, loaded: LoadedModel | None = None) -> Path:
         raise UserError("capture runs in one process: start it without torchrun")
     loaded = loaded or _load(cfg)
     layers = _chosen_layers(cfg, loaded)
-    source = open_samples(cfg, loaded)
+    source = open_samples(_data_config(cfg), loaded)
     writer = StoreWriter(
         cfg.output_dir,
         _manifest(cfg, loaded, layers, source),
@@ -229,6 +229,11 @@ def _no_rows(n_layers: int, d_model: int, dtype: Any, skipped: list[str]) -> Tok
     return TokenRows(
         values, values, nothing, nothing, nothing, nothing.to(torch.uint8), patch, [], skipped
     )
+
+
+def _data_config(cfg: CaptureConfig) -> DataConfig:
+    """The dataset's options alone, which its fingerprint is made of."""
+    return DataConfig(**{option.name: getattr(cfg, option.name) for option in fields(DataConfig)})
 
 
 def _load(cfg: CaptureConfig) -> LoadedModel:

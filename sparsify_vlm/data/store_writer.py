@@ -211,20 +211,18 @@ class StoreWriter:
         return digest
 
     def _check_finite(self, batch: TokenRows, number: int) -> None:
-        import torch
-
-        for kind, values in (("x", batch.x), ("y", batch.y)):
-            # A sum is ten times quicker than isfinite, and not finite if any of its terms is not.
-            if bool(values.sum((1, 2), dtype=torch.float32).isfinite().all()):
-                continue
-            wrong = ~values.flatten(1).isfinite().all(1)
-            if bool(wrong.any()):
-                layer = self.manifest[f"{kind}_layers"][int(wrong.nonzero()[0, 0])]
-                which = f" ({batch.samples[0]} to {batch.samples[-1]})" if batch.samples else ""
-                raise UserError(
-                    f"{kind} of {self.manifest['hookpoints'][layer]} in batch {number}{which} "
-                    "holds NaN or infinity: another dtype of the model or of the store may help"
-                )
+        wrong = [
+            (self.manifest[f"{kind}_layers"][slot], kind)
+            for kind, values in (("x", batch.x), ("y", batch.y))
+            for slot in _not_finite(values)
+        ]
+        if wrong:
+            layer, kind = min(wrong)  # where it began: later layers have it from there
+            which = f" ({batch.samples[0]} to {batch.samples[-1]})" if batch.samples else ""
+            raise UserError(
+                f"{kind} of {self.manifest['hookpoints'][layer]} in batch {number}{which} holds "
+                "NaN or infinity: another dtype of the model or of the store may help"
+            )
 
     def _open(self) -> None:
         """Read what stands there, or begin. Raises `UserError` if it is something else."""
@@ -285,6 +283,17 @@ def disk_errors_told(writer: StoreWriter) -> Iterator[None]:
             f"no space left on the disk of {writer.path}; its {len(writer.shards)} finished shards "
             "are intact: make room and run the same command again, it continues there"
         ) from error
+
+
+def _not_finite(values: Tensor) -> list[int]:
+    """Indices along the first axis at which there is NaN or infinity."""
+    import torch
+
+    # A sum is ten times quicker than isfinite, and not finite if any of its terms is not.
+    if bool(values.sum((1, 2), dtype=torch.float32).isfinite().all()):
+        return []
+    indices: list[int] = (~values.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
+    return indices
 
 
 def _lock(folder: Path) -> int:
