@@ -64,7 +64,7 @@ class RunFolder:
                 "delete it, or another --run_name"
             )
         _compare(self.path, self._read_sheet()["settings"], settings)
-        for rest in self._states.glob(".*"):
+        for rest in [*self._states.glob(".*"), *self._saved()[:-1]]:  # of a kill while saving
             shutil.rmtree(rest)
 
     def _is_empty(self) -> bool:

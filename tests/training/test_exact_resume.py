@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +149,35 @@ def test_passes_follow_each_other(tmp_path: Path) -> None:
     number, batch = next(trainer._numbered_batches())
     assert number == 6
     assert torch.equal(batch.x, source.global_batch(1).x)
+
+
+def test_killed_at_any_change_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop before the n-th renaming or removal, for every n, and resume."""
+    settings: dict[str, Any] = {"max_steps": 4, "save_every": 2, "cross_layer": 1}
+    undisturbed = toy_trainer(toy_config(tmp_path / "whole", **settings))
+    undisturbed.fit()
+    left = 0
+
+    def counted(change: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            return change(*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(os, "replace", counted(os.replace))
+    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+    for moment in range(1, 100):
+        left, folder = moment, tmp_path / str(moment)
+        try:
+            toy_trainer(toy_config(folder, **settings)).fit()
+            break
+        except Killed:
+            resumed = toy_trainer(toy_config(folder, resume=True, **settings))
+        if not resumed.finished:
+            resumed.fit()
+        assert_same_bits(everything(undisturbed), everything(resumed))
+    assert moment > 20  # two states, their coders, and what is removed
