@@ -203,7 +203,7 @@ def _token_rows(
     rows = TokenRows(**copies, samples=batch.ids, skipped=skipped)
     if loaded.device.type == "cuda":
         copied = torch.cuda.Event()
-        copied.record()
+        copied.record(torch.cuda.current_stream(loaded.device))
         rows.ready = copied.synchronize
     return rows
 
