@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,13 +125,18 @@ def _check_format(path: Path, values: Any, format: str) -> None:
 
 
 def write_tensor_file(
-    path: Path, pieces: dict[str, Sequence[Tensor]], axis: dict[str, int], metadata: dict[str, str]
+    path: Path,
+    pieces: Mapping[str, Sequence[Tensor]],
+    axis: dict[str, int],
+    metadata: dict[str, str],
 ) -> str:
     """Write a safetensors file whose tensors lie in pieces, and return its sha256.
 
     Each tensor is the concatenation of its `pieces` (CPU, contiguous) along `axis[name]`, 0 or 1.
     Nothing is concatenated in memory, and the file is not read again for its hash.
     """
+    import torch
+
     digest = hashlib.sha256()
     header = _header(pieces, axis, metadata)
     with path.open("wb") as file:
@@ -141,16 +146,10 @@ def write_tensor_file(
         for name, tensors in pieces.items():
             for rows in _in_order(tensors, axis[name]):
                 if rows.numel():
-                    raw = memoryview(rows.reshape(-1).view(_bytes()).numpy())
+                    raw = rows.reshape(-1).view(torch.uint8).numpy().data
                     file.write(raw)
                     digest.update(raw)
     return digest.hexdigest()
-
-
-def _bytes() -> Any:
-    import torch
-
-    return torch.uint8
 
 
 def _in_order(tensors: Sequence[Tensor], axis: int) -> Sequence[Tensor]:
@@ -161,7 +160,7 @@ def _in_order(tensors: Sequence[Tensor], axis: int) -> Sequence[Tensor]:
 
 
 def _header(
-    pieces: dict[str, Sequence[Tensor]], axis: dict[str, int], metadata: dict[str, str]
+    pieces: Mapping[str, Sequence[Tensor]], axis: dict[str, int], metadata: dict[str, str]
 ) -> bytes:
     names = {"torch.uint8": "U8", "torch.int16": "I16", "torch.int32": "I32"}
     names |= {f"torch.{name}": short for name, short in DTYPES.items()}
