@@ -101,6 +101,7 @@ class Trainer:
         self.step = 0
         self.clock = Clock()
         self._without_weights = cfg.finetune is None
+        torch.manual_seed(cfg.seed)  # for whatever a model may draw; `load` restores a run's own
         self.since_fired = torch.zeros(
             len(clt.cfg.source_layers()), clt.cfg.num_latents, dtype=torch.int64, device=clt.device
         )
