@@ -125,7 +125,18 @@ def _batches(
     source: SampleSource, model: VLMReplacementModel, cfg: EvaluateConfig, with_answer: bool = True
 ) -> Iterator[EncodedBatch]:
     made = batches(source, model.loaded, cfg.batch_size, cfg.ctx_len, with_answer=with_answer)
-    return (batch for batch in prefetched(made) if len(batch))
+    return prefetched(_with_masks(made))
+
+
+def _with_masks(made: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
+    """The batches that have samples, their answers found in the thread that makes the batches.
+
+    A tokenizer keeps its padding as a state: two threads that use it at once spoil each other's.
+    """
+    for batch in made:
+        if len(batch):
+            _ = batch.answer_mask
+            yield batch
 
 
 def _progress(label: str, source: SampleSource, quiet: bool) -> Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -353,3 +354,17 @@ def test_activations_that_are_not_finite_name_the_layer(loaded, model, config):
             measure(model, config, quiet=True)
     finally:
         weight.data.copy_(saved)
+
+
+def test_only_one_thread_uses_the_tokenizer(model, monkeypatch):
+    """Its padding is a state, so a call from another thread would change a batch being made."""
+    kind, threads = type(model.loaded.tokenizer), set()
+    own = kind._encode_plus
+
+    def noting(self, *args, **kwargs):
+        threads.add(threading.current_thread().name)
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "_encode_plus", noting)
+    measure(model, EvaluateConfig(clt="x", max_examples=8, batch_size=2), quiet=True)
+    assert threads == {"prefetch"}
