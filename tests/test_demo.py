@@ -1,0 +1,73 @@
+"""The demo in small: less data and fewer steps than `make demo`, the same bar for faithfulness."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsify_vlm.demo import DemoConfig, run_demo
+from sparsify_vlm.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    run_demo(
+        DemoConfig(
+            output_dir=str(folder),
+            train_scenes=3000,
+            heldout_scenes=240,
+            steps=150,
+            batch_tokens=2048,
+        )
+    )
+    return folder
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+@pytest.mark.slow
+def test_the_coder_is_faithful_on_held_out_scenes(folder: Path) -> None:
+    figures = read(folder / "clt.eval.json")
+    assert figures["mean_fvu"]["image"] <= 0.05
+    assert figures["mean_fvu"]["text"] <= 0.05
+    full = figures["replacement"]["full"]
+    assert set(full["n_correct"]) == {"all", "colour", "shape", "count", "existence"}
+    for kind in ("colour", "shape", "count", "existence"):
+        assert full["n_correct"][kind] >= 55, kind
+    assert full["changed_of_correct"]["all"] <= 0.03
+    assert figures["baseline"]["exact_match"]["all"] >= 0.95
+
+
+@pytest.mark.slow
+def test_the_comparisons_stand_beside_it(folder: Path) -> None:
+    clt, plt = read(folder / "clt.eval.json"), read(folder / "plt.eval.json")
+    # Without its cross-layer writes the coder must be worse: they carry something.
+    assert clt["mean_fvu_same_layer_only"]["text"] > 2 * clt["mean_fvu"]["text"]
+    assert plt["mean_fvu"] == plt["mean_fvu_same_layer_only"]
+    page = (folder / "report.html").read_text("utf-8")
+    assert f"{clt['mean_fvu']['image']:.3f}" in page
+    assert f"{plt['mean_fvu']['image']:.3f}" in page
+
+
+@pytest.mark.slow
+def test_latents_of_colours_are_found_where_the_colours_are(folder: Path) -> None:
+    concepts = {row["concept"]: row for row in read(folder / "concepts.json")}
+    assert len(concepts) == 11
+    best = max(concepts.values(), key=lambda row: row["f1"])
+    assert best["f1"] > 0.7
+    assert best["f1"] > 3 * best["always"]
+
+
+@pytest.mark.slow
+def test_a_second_demo_replaces_the_first_but_nothing_else(folder: Path, tmp_path: Path) -> None:
+    assert not (folder / "activations").exists()
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds files that no demo wrote"):
+        run_demo(DemoConfig(output_dir=str(tmp_path)))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
