@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from families import D_MODEL, N_LAYERS, VLMS, example, shared
+from families import D_MODEL, N_LAYERS, VLMS, example, load, shared
 from torch import nn
 
 from sparsify_vlm.coders import Clt, CltConfig, save_clt
@@ -425,3 +425,27 @@ def test_from_names_and_of_a_model_in_bfloat16(tmp_path):
     with model.loaded.stack.replacing(lambda i, x: own[i] * keep):
         expected = model.loaded.forward(inputs, logits=True).logits
     torch.testing.assert_close(logits, expected, rtol=0.02, atol=0.05)
+
+
+def test_gradients_reach_the_coder_through_the_changed_stream(tmp_path):
+    loaded = load("gpt2", tmp_path, dtype=torch.float64)  # whose norms stay in float64
+    clt = random_clt(loaded, skip_connection=True).double()
+    model = VLMReplacementModel(loaded, clt)
+    inputs = loaded.to_device(example(loaded))
+    here = present(loaded, inputs)
+
+    def loss():
+        with model.replaced():
+            return loaded.model(**inputs, use_cache=False).logits[here].log_softmax(-1)[:, 3].sum()
+
+    loss().backward()
+    for parameter in (clt.W_enc[0], clt.W_dec[0][2], clt.b_dec[1], clt.W_skip[0][1]):
+        way, step = torch.randn_like(parameter), 1e-6
+        with torch.no_grad():
+            values = []
+            for sign in (1, -1):
+                parameter += sign * step * way
+                values.append(float(loss()))
+                parameter -= sign * step * way
+        expected = (values[0] - values[1]) / (2 * step)
+        assert float((parameter.grad * way).sum()) == pytest.approx(expected, rel=1e-5)
