@@ -22,14 +22,14 @@ from pathlib import Path
 
 import torch
 from tiny_llava.batches import Batch, lists_batch, questions_batch
-from tiny_llava.evaluate import accuracy, locality
+from tiny_llava.evaluate import accuracy, locality, question_prior
 from tiny_llava.model import loss, noisy_writes
 from tiny_llava.stages import Schedule, StageFile, fingerprint, optimize, seeded
 from tiny_llava.vision import PatchHeads, patches_batch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration
 
-from sparsify_vlm.data.shapes import ANSWERS, QUESTION_TYPES
+from sparsify_vlm.data.shapes import QUESTION_TYPES
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.files import write_json
 from sparsify_vlm.models.tiny import (
@@ -204,7 +204,7 @@ def measure(
         "tiny-llama, scene told": accuracy(llama, seed, scenes, seen=False),
         "tiny-llava, scene seen": accuracy(llava, seed, scenes, seen=True),
         "tiny-llava, other image": accuracy(llava, seed, scenes, seen=True, wrong_image=True),
-        "uniform guess": {kind: 1 / len(ANSWERS[kind]) for kind in QUESTION_TYPES},
+        "question alone": question_prior(seed, 20 * scenes),
         "hurt most at asked cell": locality(llava, seed, scenes),
     }
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import torch
 from torch import nn
 
-from sparsify_vlm.data.shapes import GRID, PATCH_GRID, QUESTION_TYPES, cell_patches
+from sparsify_vlm.data.shapes import (
+    GRID,
+    PATCH_GRID,
+    QUESTION_TYPES,
+    ask,
+    cell_patches,
+    draw_scene,
+)
 from tiny_llava.batches import Batch, questions_batch
 from tiny_llava.model import exact_match, final_hidden, image_features
 
@@ -33,6 +40,26 @@ def accuracy(
         asked.update(q.type for q in batch.asked)
         right.update(q.type for q, ok in zip(batch.asked, matches, strict=True) if ok)
     return {kind: right[kind] / asked[kind] for kind in QUESTION_TYPES}
+
+
+def question_prior(seed: int, scenes: int) -> dict[str, float]:
+    """The best accuracy by question type of one who knows held-out questions but sees no scene.
+
+    For each wording the commonest answer among the held-out questions is given.
+    """
+    rng = np.random.default_rng([seed, 4])
+    answers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for _ in range(scenes):
+        scene = draw_scene(rng, "heldout")
+        for kind in QUESTION_TYPES:
+            question = ask(scene, kind, rng)
+            if question is not None:
+                answers[kind, question.text][question.answer] += 1
+    best, asked = Counter[str](), Counter[str]()
+    for (kind, _), counts in answers.items():
+        best[kind] += max(counts.values())
+        asked[kind] += counts.total()
+    return {kind: best[kind] / asked[kind] for kind in QUESTION_TYPES}
 
 
 @torch.no_grad()
