@@ -167,7 +167,10 @@ class Evil:
         (lambda p: p.unlink(), "L2/batch_0_y.pt is missing"),
         (lambda p: p.write_bytes(b"nonsense"), "L2/batch_0_y.pt cannot be read as tensors"),
         (lambda p: p.write_bytes(p.read_bytes()[:300]), "L2/batch_0_y.pt cannot be read"),
-        (lambda p: p.write_bytes(pickle.dumps(Evil(), protocol=2)), "L2/batch_0_y.pt cannot be read"),
+        (
+            lambda p: p.write_bytes(pickle.dumps(Evil(), protocol=2)),
+            "L2/batch_0_y.pt cannot be read",
+        ),
         (lambda p: torch.save(torch.zeros(3, 9, WIDTH), p), "does not fit"),
         (lambda p: torch.save(torch.zeros(3, 2, 7, WIDTH + 1), p), "where x is"),
         (lambda p: torch.save({"y": 1}, p), "not a tensor or a list"),
