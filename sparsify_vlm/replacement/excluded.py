@@ -1,9 +1,9 @@
 """Tokens a coder was not trained on, at which the model's own MLPs go on writing.
 
 In large models attention sinks at the first token, whose MLP outputs can be orders of magnitude
-above all others (Sun et al. 2024, arXiv:2402.17762). Training leaves it out, so a coder's guess there
-is arbitrary, and a wrong value there reaches every later token through attention. circuit-tracer
-zeroes features and errors of the special tokens at the start for the same reason.
+above all others (Sun et al. 2024, arXiv:2402.17762). Training leaves it out, so a coder's guess
+there is arbitrary, and a wrong value there reaches every later token through attention.
+circuit-tracer zeroes features and errors of the special tokens at the start for the same reason.
 docs/replacement.md has measurements.
 """
 
