@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,10 +121,10 @@ class StageFile:
         )
 
 
-def fingerprint(*parts: object) -> str:
-    """A digest of dataclasses and plain values."""
-    plain = [asdict(p) if hasattr(p, "__dataclass_fields__") else p for p in parts]  # type: ignore[call-overload]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+def fingerprint(recipe: Any, *plain: object) -> str:
+    """A digest of a recipe (a dataclass) and plain values."""
+    text = json.dumps([asdict(recipe), *plain], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def seeded(seed: int, stage: str) -> np.random.Generator:
