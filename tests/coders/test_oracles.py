@@ -17,6 +17,7 @@ CASES = [
     ("llama_relu", "clt_eleutherai", "resid_mid"),
     ("llama_relu", "clt_circuit_tracer", "resid_mid"),
     ("llama_topk", "clt_eleutherai", "mlp_in"),
+    ("llama_soft_tokens", "clt_eleutherai", "resid_mid"),
 ]
 
 
@@ -26,7 +27,7 @@ def model() -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def record(model: LlamaForCausalLM, input_ids: Tensor, site: str) -> tuple[Tensor, Tensor, Tensor]:
+def record(model: LlamaForCausalLM, embeddings: Tensor, site: str) -> tuple[Tensor, Tensor, Tensor]:
     """x and y [L, T, d] at every MLP, and the logits [T, V], of one plain forward pass."""
     x: list[Tensor] = []
     y: list[Tensor] = []
@@ -35,10 +36,18 @@ def record(model: LlamaForCausalLM, input_ids: Tensor, site: str) -> tuple[Tenso
         read = layer.mlp if site == "mlp_in" else layer.post_attention_layernorm
         handles.append(read.register_forward_pre_hook(lambda _, args: x.append(args[0][0])))
         handles.append(layer.mlp.register_forward_hook(lambda _, __, out: y.append(out[0])))
-    logits = model(input_ids[None]).logits[0]
+    logits = model(inputs_embeds=embeddings[None]).logits[0]
     for handle in handles:
         handle.remove()
     return torch.stack(x), torch.stack(y), logits
+
+
+def embed(model: LlamaForCausalLM, oracle: dict[str, Tensor]) -> Tensor:
+    """The token embeddings [T, d], with image features in the place of some, as in a VLM."""
+    embeddings = model.get_input_embeddings()(oracle["input_ids"]).detach().clone()
+    if "soft_positions" in oracle:
+        embeddings[oracle["soft_positions"]] = oracle["soft_embeds"]
+    return embeddings
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["as_read", "saved_and_read_again"])
@@ -51,10 +60,10 @@ def test_activations_and_errors(case, folder, site, again, model, tmp_path):
         save_clt(clt, tmp_path)
         clt = load_clt(tmp_path)
     assert clt.cfg.n_layers == 4
-    assert clt.cfg.activation == ("relu" if case == "llama_relu" else "topk")
+    assert clt.cfg.activation == ("topk" if case == "llama_topk" else "relu")
     if folder == "clt_circuit_tracer":
         assert clt.cfg.input_site == site
-    x, y, logits = record(model, oracle["input_ids"], site)
+    x, y, logits = record(model, embed(model, oracle), site)
     torch.testing.assert_close(logits, oracle["hf_logits"], rtol=0, atol=2e-5)
     check(clt, x, y, oracle)
 
