@@ -1,8 +1,8 @@
 """How fast this device is at a training step: a small one is measured, a large one inferred.
 
-A coder of three layers with the real width and k, but fewer latents (F_p), takes steps with one and
-with three targets each, on T and on T / 2 tokens. From the four times follow the cost of a source
-and of a (source, target) pair, each as slope · tokens + constant. To F latents are scaled
+A coder of one layer with the real width and k, but fewer latents (F_p), is timed on T tokens and on
+a sixteenth of them: a whole step, encoding alone, and the products of one more target. From two
+times each follows a cost as slope · tokens + constant. To F latents are scaled
 
     the constants (tables written once per step)                 by F / F_p
     of a source's slope what encoding takes (a dense product)    by F / F_p
@@ -17,22 +17,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
+from torch import Tensor
 
 from sparsify_vlm.coders import Clt, CltConfig, forward_backward
-from sparsify_vlm.coders.sparse_ops import prefers_dense
+from sparsify_vlm.coders.sparse_ops import prefers_dense, support_of
 from sparsify_vlm.training.config import CoderConfig, TrainConfig
 from sparsify_vlm.training.footprint import Job, count_parameters, n_pairs
 from sparsify_vlm.training.optimizers import Optimizers
 
-LAYERS = 3
 RUNS, MEASURED_SECONDS = (3, 50), 0.3
 """Each measurement is repeated at least and at most this often, and for so long."""
-MOST_PARAMETERS = 1 << 25
-"""Of the probe's coder: a second or two on a laptop."""
-TOKENS = {"cpu": 512, "cuda": 8192}
+MOST_WEIGHTS = 1 << 22
+"""In a table of the probe's coder."""
+FEWER = 16
+"""The second time is taken on this many times fewer tokens."""
+TOKENS = {"cpu": (512, 8192), "cuda": (8192, 8192)}
+"""At least and at most this many are measured on, of a batch. As many as is cheap: where threads
+wait for a busy machine, each operation takes a scheduler's time slice, however small it is."""
+MOST_PRODUCTS = 1 << 29
+"""Of tokens, latents and width, or of rows, width and columns: what counts as cheap."""
 EXPECTED_FLOPS = 0.5
 """Share of a single product's rate that a whole forward pass reaches."""
 
@@ -65,22 +70,32 @@ class _Line:
     constant: float
 
     @classmethod
-    def through(cls, tokens: int, whole: float, half: float) -> _Line:
-        """From the times of `tokens` and of half as many; timing noise cannot make it negative."""
-        slope = max(2 * (whole - half) / tokens, 0.0) or whole / tokens
-        return cls(slope, max(whole - slope * tokens, 0.0))
+    def measured(cls, seconds: Callable[[int], float], tokens: int) -> _Line:
+        """From the times of `tokens` and of few of them; noise cannot make either term negative."""
+        few = max(tokens // FEWER, 1)
+        part, whole = seconds(few), seconds(tokens)
+        slope = max(whole - part, 0.0) / (tokens - few)
+        return cls(slope, max(part - slope * few, 0.0))
+
+    def __sub__(self, other: _Line) -> _Line:
+        return _Line(max(self.slope - other.slope, 0.0), max(self.constant - other.constant, 0.0))
+
+    def at(self, tokens: int, slope_growth: float, growth: float) -> float:
+        """Seconds for `tokens` with the slope and the constant scaled."""
+        return self.slope * slope_growth * tokens + self.constant * growth
 
 
 def measure_step(job: Job) -> StepTime:
     """Probe `job.device` and scale to `job`. Takes some seconds."""
     latents = _probe_latents(job)
-    tokens = min(TOKENS.get(job.device.type, TOKENS["cpu"]), max(job.micro_tokens, 64))
+    tokens = _affordable(job, latents * job.clt.d_model, max(job.micro_tokens, 64))
     cfg = replace(
         job.clt,
-        hookpoints=[str(i) for i in range(LAYERS)],
+        hookpoints=["0"],
         num_latents=latents,
         target_offset=0,
         n_targets=1,
+        transcode=True,  # an autoencoder's step takes the same products
     )
     coders = _coders_seconds(job, cfg, tokens)
     return StepTime(
@@ -94,7 +109,7 @@ def measure_step(job: Job) -> StepTime:
 def _probe_latents(job: Job) -> int:
     """As many latents as is cheap, on the same path (sparse or dense) as the job's."""
     latents = job.clt.num_latents
-    while latents > 2 * job.clt.k and 9 * latents * job.clt.d_model > MOST_PARAMETERS:
+    while latents > 2 * job.clt.k and latents * job.clt.d_model > MOST_WEIGHTS:
         table = torch.empty(latents // 2, 0, device=job.device)
         if prefers_dense(job.clt.k, table) != job.dense:
             break
@@ -102,29 +117,31 @@ def _probe_latents(job: Job) -> int:
     return latents
 
 
+def _affordable(job: Job, per_token: int, wanted: int) -> int:
+    """`wanted` tokens or as many as are cheap, where one takes `per_token` multiplications."""
+    least, most = TOKENS.get(job.device.type, TOKENS["cpu"])
+    return min(wanted, max(least, min(most, MOST_PRODUCTS // per_token)))
+
+
 def _coders_seconds(job: Job, cfg: CltConfig, tokens: int) -> float:
     """Of one micro-batch's forward and backward."""
-    one, many = _random_coder(cfg, job), _random_coder(replace(cfg, n_targets=LAYERS), job)
-    pairs = n_pairs(many.cfg) - n_pairs(one.cfg)
-    source_times, pair_times, encode_times = [], [], []
-    for n in (tokens, tokens // 2):
-        x = torch.randn(LAYERS, n, cfg.d_model, device=job.device)
-        with_one = _seconds(partial(_step, one, x), job.device)
-        with_many = _seconds(partial(_step, many, x), job.device)
-        pair = max(with_many - with_one, 0.0) / pairs
-        pair_times.append(pair)
-        source_times.append(max(with_one - LAYERS * pair, 0.0) / LAYERS)
-        encode_times.append(_seconds(partial(_encode, one, x), job.device))
+    clt = _random_coder(cfg, job)
+
+    def timed(make: Callable[[Clt, Tensor], Callable[[], object]]) -> _Line:
+        def seconds(n: int) -> float:
+            return _seconds(
+                make(clt, torch.randn(1, n, cfg.d_model, device=job.device)), job.device
+            )
+
+        return _Line.measured(seconds, tokens)
+
+    pair, encode = timed(_one_more_target), timed(_encoding)
+    others = timed(_whole_step) - pair - encode
     grown = job.clt.num_latents / cfg.num_latents
-    pair_line, source, encode = (
-        _Line.through(tokens, *times) for times in (pair_times, source_times, encode_times)
-    )
-    others = max(source.slope - encode.slope, 0.0)
-    slope_growth = grown if job.dense else 1.0
+    active = grown if job.dense else 1.0
     M, S, P = job.micro_tokens, len(job.clt.source_layers()), n_pairs(job.clt)
-    per_source = (encode.slope * grown + others * slope_growth) * M + source.constant * grown
-    per_pair = pair_line.slope * slope_growth * M + pair_line.constant * grown
-    return S * per_source + P * per_pair
+    per_source = encode.at(M, grown, grown) + others.at(M, active, grown)
+    return S * per_source + P * pair.at(M, active, grown)
 
 
 def _random_coder(cfg: CltConfig, job: Job) -> Clt:
@@ -135,14 +152,42 @@ def _random_coder(cfg: CltConfig, job: Job) -> Clt:
     return clt
 
 
-def _step(clt: Clt, x: torch.Tensor) -> None:
-    clt.zero_grad()
-    forward_backward(clt, x, x)
+def _whole_step(clt: Clt, x: Tensor) -> Callable[[], object]:
+    def step() -> None:
+        clt.zero_grad()
+        forward_backward(clt, x, x)
+
+    return step
 
 
-@torch.no_grad()
-def _encode(clt: Clt, x: torch.Tensor) -> None:
-    clt.encode_layer(0, x[0])
+def _encoding(clt: Clt, x: Tensor) -> Callable[[], object]:
+    def encode() -> None:
+        with torch.no_grad():
+            clt.encode_layer(0, x[0])
+
+    return encode
+
+
+def _one_more_target(clt: Clt, x: Tensor) -> Callable[[], object]:
+    """The products that a step takes for each (source, target) pair."""
+    cfg, G, W = clt.cfg, x[0], clt.W_dec[0][0].detach()
+    with torch.no_grad():
+        latents = clt.encode_layer(0, x[0])
+    support = support_of(latents.indices, W)
+    skip = None if clt.W_skip is None else clt.W_skip[0][0].detach()
+
+    def pair() -> None:
+        for _ in range(1 + cfg.train_post_encoder + cfg.post_encoder_scale):
+            values = support.prepare(latents.values)
+        support.decode(values, W)
+        support.outer(values, G)
+        support.dots(G, W)
+        for _ in range(cfg.train_post_encoder + cfg.post_encoder_scale):
+            support.totals(values)
+        if skip is not None:
+            G.T @ (G @ skip)
+
+    return pair
 
 
 def _optimizer_seconds(job: Job, cfg: CltConfig) -> float:
@@ -169,8 +214,8 @@ def _model_seconds(job: Job) -> float:
     if job.model is None:
         return 0.0
     dtype = torch.float32 if job.number_bytes == 4 else torch.bfloat16
-    rows = TOKENS.get(job.device.type, TOKENS["cpu"])
     width, hidden = job.model.d_model, min(job.model.intermediate, 4 * job.model.d_model)
+    rows = _affordable(job, width * hidden, job.tokens)
     a = torch.randn(rows, width, device=job.device, dtype=dtype)
     b = torch.randn(width, hidden, device=job.device, dtype=dtype)
     rate = 2 * rows * width * hidden / _seconds(lambda: a @ b, job.device)

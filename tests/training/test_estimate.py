@@ -231,7 +231,7 @@ def test_an_activation_store_needs_no_model(llava):
 )
 def test_the_coders_time_is_about_what_a_step_takes(layers, n_targets, d, F, k, monkeypatch):
     # A smaller budget, so that the probe really has to scale.
-    monkeypatch.setattr("sparsify_vlm.training.probe.MOST_PARAMETERS", 1 << 20)
+    monkeypatch.setattr("sparsify_vlm.training.probe.MOST_WEIGHTS", 1 << 17)
     cfg = CltConfig(d, [str(i) for i in range(layers)], num_latents=F, k=k, n_targets=n_targets)
     clt = Clt(cfg)
     for parameter in clt.parameters():
@@ -272,6 +272,12 @@ def test_the_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "tokens/s" in printed
     assert "peak" in printed
+
+
+def test_autoencoders_too(capsys):
+    argv = ["estimate", "tiny-llava", "--num_latents", "64", "--k", "4", "--batch_size", "2"]
+    assert main(argv) == 0
+    assert "8 coders of 64 latents, 8 decoders" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
