@@ -21,6 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tiny_llava.architecture import (
+    D_MODEL,
+    build_processor,
+    build_tokenizer,
+    llava_config,
+    text_config,
+    vision_config,
+)
 from tiny_llava.batches import Batch, lists_batch, questions_batch
 from tiny_llava.evaluate import accuracy, locality, question_prior
 from tiny_llava.model import loss, noisy_writes
@@ -32,14 +40,6 @@ from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalG
 from sparsify_vlm.data.shapes import QUESTION_TYPES
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.files import write_json
-from sparsify_vlm.models.tiny import (
-    D_MODEL,
-    build_processor,
-    build_tokenizer,
-    llava_config,
-    text_config,
-    vision_config,
-)
 
 LOOKUP = ("colour", "shape")
 # Page faults dominate a training step in a virtual machine: keep freed memory in the process.

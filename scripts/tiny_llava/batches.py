@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparsify_vlm.data.shapes import Question, Scene, ask, describe, draw_scene, render_array
-from sparsify_vlm.models.tiny import (
+from tiny_llava.architecture import (
     ASSISTANT,
     BOS,
     EOS,

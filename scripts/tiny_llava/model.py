@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparsify_vlm.models.tiny import IMAGE
+from tiny_llava.architecture import IMAGE
 from tiny_llava.batches import IDS, Batch
 
 

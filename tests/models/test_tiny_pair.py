@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from sparsify_vlm.data.shapes import QUESTION_TYPES, ShapesDataset, cell_patches
-from sparsify_vlm.models.tiny import CHECKPOINTS
+from sparsify_vlm.models.load import CHECKPOINTS
 
 N = 400  # held-out questions, 100 of each type
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsify_vlm.data.shapes import QUESTION_TYPES, render
 from sparsify_vlm.errors import UserError
-from sparsify_vlm.models.tiny import CHECKPOINTS
+from sparsify_vlm.models.load import CHECKPOINTS
 
 _SCRIPTS = Path(__file__).parents[2] / "scripts"
 

@@ -2,12 +2,11 @@
 
 `tiny-llava` is transformers' own LlavaForConditionalGeneration and `tiny-llama` the
 LlamaForCausalLM it was tuned from, at 96 dimensions. `scripts/train_tiny_llava.py` trains them; the
-results lie in `checkpoints/` beside this file.
+results ship as `sparsify_vlm/models/checkpoints/`.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsify_vlm.data.shapes import COLOURS, IMAGE_SIZE, PATCH, SHAPES
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
         LlavaProcessor,
         PreTrainedTokenizerFast,
     )
-
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
-"""Holds the folders `tiny-llava` and `tiny-llama`."""
 
 D_MODEL = 96
 N_LAYERS = 8
