@@ -33,6 +33,8 @@ MODEL = "tiny-llava"
 BATCH = 64
 EXAMPLES = 8
 """Held-out scenes shown with their answers: the first ones, two of each question type."""
+DIFFERENCES = 4
+"""Scenes shown besides: the first ones that one of the replacements answers wrongly."""
 
 MARK = "demo.json"
 """Written first: a folder that holds it is a demo's and may be made anew."""
@@ -99,8 +101,8 @@ def run_demo(cfg: DemoConfig) -> Path:
 
     Raises `UserError` when the output folder holds something that no demo wrote.
     """
-    # Read once, when torch is first imported: threads that wait without spinning cost a third of the
-    # speed on an idle machine, and save the demo from standing still on a busy one.
+    # Read once, when torch is first imported: threads that wait without spinning cost a third of
+    # the speed on an idle machine, and save the demo from standing still on a busy one.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from sparsify_vlm.data.capture import capture
     from sparsify_vlm.report.demo import write_report
@@ -232,8 +234,22 @@ def _inspect(cfg: DemoConfig, folder: Path) -> None:
             (pictures / names[-1]).write_bytes(overlay)
         table.append(asdict(concept.latent) | {"images": names})
     write_json(folder / "concepts.json", table)
-    for index in range(EXAMPLES):
+    examples = {"first": list(range(EXAMPLES)), "differing": _differing(folder)}
+    write_json(folder / "examples.json", examples)
+    for index in {index for group in examples.values() for index in group}:
         (pictures / f"scene-{index}.png").write_bytes(png(rows[index]["image"]))
+
+
+def _differing(folder: Path) -> list[int]:
+    """The first held-out questions that the model gets right and one of the replacements wrong."""
+    files = (folder / f"{name}.answers.jsonl" for name in ("clt", "plt"))
+    lines = [map(json.loads, file.read_text("utf-8").splitlines()) for file in files]
+    found = [
+        index
+        for index, both in enumerate(zip(*lines, strict=True))
+        if both[0]["right"]["model"] and not all(v for line in both for v in line["right"].values())
+    ]
+    return found[:DIFFERENCES]
 
 
 def _remember(cfg: DemoConfig, folder: Path, stages: list[_Stage]) -> None:

@@ -5,7 +5,8 @@ demo.json                       settings, stages with their seconds, versions
 {clt,plt}.eval.json             evaluations
 {clt,plt}.answers.jsonl         generated answers, one line per held-out question
 decoders.json                   mean decoder norms by σ of the target
-concepts.json, pictures/        latents of colours and shapes, scenes
+concepts.json, examples.json    latents of colours and shapes, scenes to show
+pictures/                       their pictures
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def write_report(folder: Path) -> Path:
         subtitle=_subtitle(settings, evaluations["clt"]),
         k=settings["k"],
         cards=_cards(evaluations["clt"], metrics["clt"], demo["stages"]),
-        examples=_examples(folder),
+        examples=_examples(folder, "first"),
+        differing=_examples(folder, "differing"),
         n_heldout=evaluations["clt"]["n_samples"],
         table=_table(evaluations),
         figures={
@@ -105,29 +107,26 @@ def _cards(
     ]
 
 
-def _examples(folder: Path) -> list[dict[str, Any]]:
+def _examples(folder: Path, group: str) -> list[dict[str, Any]]:
+    """What is shown of each scene of a group of examples.json."""
     clt, plt = (_lines(folder / f"{name}.answers.jsonl") for name in ("clt", "plt"))
-    pictures = sorted((folder / "pictures").glob("scene-*.png"))
-    return [
-        {
-            "id": a["id"],
-            "image": png_uri(picture.read_bytes()),
-            "question": a["question"],
-            "truth": a["truth"],
-            "answers": [
-                _answer("the model", a, "model"),
-                _answer(CODERS["clt"], a, "full"),
-                _answer(CODERS["same"], a, "same_layer_only"),
-                _answer(CODERS["plt"], b, "full"),
-            ],
-        }
-        for picture, a, b in zip(pictures, clt, plt, strict=False)
-    ]
+    shown = []
+    for index in _read(folder / "examples.json")[group]:
+        picture, a, b = folder / "pictures" / f"scene-{index}.png", clt[index], plt[index]
+        answers = [
+            _answer("the model", a, "model"),
+            _answer(CODERS["clt"], a, "full"),
+            _answer(CODERS["same"], a, "same_layer_only"),
+            _answer(CODERS["plt"], b, "full"),
+        ]
+        about = {"id": a["id"], "question": a["question"], "truth": a["truth"]}
+        shown.append(about | {"image": png_uri(picture.read_bytes()), "answers": answers})
+    return shown
 
 
 def _answer(name: str, line: dict[str, Any], arm: str) -> dict[str, Any]:
     text = line["answers"][arm]
-    shown = "(does not end)" if text is None else text or "(nothing)"
+    shown = "(goes on)" if text is None else text or "(nothing)"
     return {"name": name, "text": shown, "right": line["right"][arm]}
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ROLE_COLOURS = {"all": "#444444", "image": "#0072b2", "text": "#d55e00"}
 CODER_COLOURS = ["#0072b2", "#56b4e9", "#e69f00", "#009e73"]
 LINE_STYLES = ["-", "--", ":", "-."]
+MARKS = ["o", "s", "^", "D"]
 
 
 def _new_figure(width: float, height: float) -> Figure:
@@ -40,7 +41,14 @@ def to_svg(figure: Figure) -> str:
 
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sparsify-vlm"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        # The browser's letters may be wider than those the layout was made with: leave a margin.
+        figure.savefig(
+            buffer,
+            format="svg",
+            bbox_inches="tight",
+            pad_inches=0.2,
+            metadata={"Date": None, "Creator": None},
+        )
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -83,12 +91,13 @@ def fvu_by_layer(coders: Mapping[str, Mapping[str, Sequence[float | None]]]) -> 
     """
     figure = _new_figure(9.6, 3.2)
     panels = figure.subplots(1, 2, sharey=True)
-    width = 0.8 / max(len(coders), 1)
     for axes, role in zip(panels, ("image", "text"), strict=True):
-        for n, (name, by_role) in enumerate(coders.items()):
+        for (name, by_role), colour, mark in zip(
+            coders.items(), CODER_COLOURS, MARKS, strict=False
+        ):
             values = [math.nan if v is None else v for v in by_role[role]]
-            places = [layer - 0.4 + width * (n + 0.5) for layer in range(len(values))]
-            axes.bar(places, values, width, color=CODER_COLOURS[n % 4], label=name)
+            axes.plot(range(len(values)), values, mark, color=colour, ls=":", lw=1.0, label=name)
+        axes.set_yscale("log")
         axes.set_title(f"{role} tokens", fontsize=11)
         axes.set_xlabel("target layer")
         axes.set_xticks(range(len(next(iter(coders.values()))[role])))
@@ -114,7 +123,7 @@ def decoder_heatmap(norms: Sequence[Sequence[float | None]]) -> str:
             if value is not None:
                 shade = "white" if value < 0.6 * top else "black"
                 axes.text(
-                    target, source, f"{value:.2f}", ha="center", va="center", color=shade, size=7
+                    target, source, f"{value:.2g}", ha="center", va="center", color=shade, size=7
                 )
     axes.set_xlabel("target layer")
     axes.set_ylabel("source layer")

@@ -71,6 +71,7 @@ def folder(tmp_path: Path) -> Path:
         put(f"{name}/metrics.jsonl", {"step": 1, "tokens": 2_000_000, "fvu": fvu})
         put(f"{name}.answers.jsonl", line)
     put("decoders.json", {"mean_norm_by_sigma": [[1.0, 0.5, 0.2], [None, 1.0, 0.4], [None] * 3]})
+    put("examples.json", {"first": [0], "differing": [0]})
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for name in ("scene-0.png", "red-3.png"):
@@ -98,7 +99,7 @@ def test_it_shows_the_numbers_of_the_files_and_fetches_nothing(folder: Path) -> 
     page = write_report(folder).read_text("utf-8")
     for shown in ("0.012", "0.034", "0.046", "99.0 %", "0.987", "75 %", "2.0 M", "321", "n/a"):
         assert shown in page, shown
-    assert "(does not end)" in page
+    assert "(goes on)" in page
     assert ATTACK not in page
     assert "&lt;script&gt;" in page
     sources = Sources()
@@ -139,7 +140,7 @@ def test_it_opens_without_errors_and_fits_1280_pixels(folder: Path, browser: Any
     widths = browser.execute_script(
         "return [...document.images].map(i => i.complete ? i.naturalWidth : 0)"
     )
-    assert len(widths) == 2
+    assert len(widths) == 3
     assert min(widths) > 0
     overflow = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert browser.execute_script(overflow) <= 0
