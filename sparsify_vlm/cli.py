@@ -209,9 +209,19 @@ def _line_for(error: Exception) -> str | None:
         return f"no space left on the disk of {where}; what was complete before is untouched"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return "out of memory: a smaller --batch_size, or --micro_acc_steps, needs less"
+    if _is_out_of_memory(error):
+        return (
+            "out of memory: a smaller --batch_size, --micro_acc_steps or fewer latents need less; "
+            "sparsify-vlm estimate says how much"
+        )
     return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: torch has an exception for it on GPUs, not on CPUs."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _is_disk_full(error: Exception) -> bool:

@@ -261,6 +261,9 @@ def _refuse_missing(
             shown = name.upper() if name in positionals else f"--{name}"
             shown += f" (or --{substitutes[name]})" if name in substitutes else ""
             raise UsageError(f"{shown} is missing; --help shows what the command takes")
+    for name in positionals:
+        if options.get(name) == [""]:
+            raise UsageError(f"{name.upper()} is empty: an unset variable, perhaps?")
     for name, values in options.items():
         if flags[name].kind == "one" and not values:
             raise UsageError(f"--{name} needs a value")

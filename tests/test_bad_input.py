@@ -106,6 +106,10 @@ def test_unknown_flag(refused: Check, shelf: Path, out: Path) -> None:
         (["--transcode", "False"], ["--cross_layer", "--transcode"]),
         (["--k", "17"], ["--k 17", "--num_latents 16"]),
         (["--k", "0"], ["--k 0"]),
+        (["--lr", "inf"], ["--lr inf", "finite"]),
+        (["--device", "toaster"], ["toaster", "cpu"]),
+        (["--device", "meta"], ["meta", "cpu"]),
+        (["--num_latents", str(10**13)], ["out of memory", "estimate"]),
         (["--layers", "0", "--hookpoints", "a"], ["--layers", "--hookpoints"]),
         (["--layers", "0", "--layer_stride", "2"], ["--layers", "--layer_stride"]),
         (["--dataset_mix", "mix.yaml"], ["--dataset", "--dataset_mix"]),
@@ -200,6 +204,15 @@ def test_bad_image(
 def test_truncation_that_cuts_image_tokens(refused: Check, shelf: Path, out: Path) -> None:
     line = train(shelf / "llava", shelf / "good.jsonl", out, "--ctx_len", "8")
     refused(line, "--ctx_len", "image", kept=out / "mine")
+
+
+def test_nothing_to_train_on(refused: Check, shelf: Path, out: Path) -> None:
+    """Coders that have seen no token are not published as if they were trained."""
+    line = train(shelf / "llava", shelf / "good.jsonl", out)
+    refused([*line, "--max_image_pixels", "9", "--skip_bad"], "no token", "9", kept=out / "mine")
+    refused([*line, "--exclude_tokens", *range(99)], "--exclude_tokens", kept=out / "mine")
+    assert not (out / "r" / "clt.json").exists()
+    assert main([str(token) for token in line]) == 0
 
 
 def test_no_such_dataset(refused: Check, shelf: Path, out: Path) -> None:
@@ -311,6 +324,20 @@ def test_checkpoint_with_a_wrong_shape(refused: Check, shelf: Path, checkpoint: 
 
     damage(checkpoint, cut)
     refused(evaluate(checkpoint, shelf), "layers.1.mlp", "encoder.weight", kept=checkpoint.parent)
+
+
+def test_evaluation_does_not_replace_other_files(
+    refused: Check, shelf: Path, checkpoint: Path
+) -> None:
+    line = evaluate(checkpoint, shelf)[:-1]
+    for other in (checkpoint / "clt.json", checkpoint / "metrics.jsonl", checkpoint):
+        refused([*line, other], "--output", other.name, kept=checkpoint.parent)
+        refused([*line, "e.json", "--answers", other], "--answers", kept=checkpoint.parent)
+    both = checkpoint.parent / "both.json"
+    refused([*line, both, "--answers", both], "both.json", kept=checkpoint.parent)
+    mine = [*line, both, "--answers", checkpoint.parent / "answers.jsonl", "--split", "train"]
+    for _ in range(2):  # its own it may
+        assert main([str(token) for token in mine]) == 0
 
 
 def test_no_checkpoint(refused: Check, shelf: Path, tmp_path: Path) -> None:

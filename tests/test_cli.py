@@ -228,6 +228,7 @@ def test_runs_and_returns_zero(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "out: Permission denied"),
         (MemoryError(), 1, "error: out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory"),
     ],
 )
 def test_users_mistakes_are_one_line(

@@ -52,6 +52,9 @@ class JointStats:
     l0: Tensor
     """[L] float64: mean count of active latents per token."""
 
+    active: Tensor
+    """[S, T] int64: active latents per token of each of the S layers with a coder."""
+
     fired: list[Tensor]
     """Per layer with a coder: bool [F], which latents were active at any of these tokens."""
 
@@ -228,13 +231,14 @@ def _backward_encoder(clt: Clt, s: int, source: _Source) -> None:
 def _stats(clt: Clt, sources: list[_Source], errors: Tensor, variance: Tensor) -> JointStats:
     sse = errors.sum(1, dtype=torch.float64)
     l0 = torch.full_like(sse, torch.nan)
+    on = [source.latents.values > 0 for source in sources]
+    counts = torch.stack([active.sum(1) for active in on])
+    l0[: len(sources)] = counts.double().mean(1)
     fired = []
-    for s, source in enumerate(sources):
-        active = source.latents.values > 0
-        l0[s] = active.sum() / len(active)
+    for source, active in zip(sources, on, strict=True):
         hit = torch.zeros(clt.cfg.num_latents, dtype=torch.bool, device=sse.device)
         hit[source.latents.indices[active]] = True
         fired.append(hit)
     fvu = sse / variance
     loss = fvu[clt.cfg.target_offset :].sum()
-    return JointStats(loss, sse, variance, fvu, l0, fired, errors)
+    return JointStats(loss, sse, variance, fvu, l0, counts, fired, errors)

@@ -128,6 +128,8 @@ def _read_batch(cfg: ImportActivationsConfig, layers: list[int], number: int) ->
         x = _load(path)
         if not hasattr(x, "dim") or x.dim() not in (2, 3):
             raise UserError(f"{path} holds {_shape(x)}, not [tokens, d] or [batch, seq, d]")
+        if x.numel() == 0:
+            raise UserError(f"{path} holds no activations: {_shape(x)}")
         batch.rows = (x.shape[0], x.shape[1]) if x.dim() == 3 else None
         batch.x[layer] = x.flatten(0, -2).contiguous()
         _check_alike(path, batch.x[layer], next(iter(batch.x.values())))
@@ -161,8 +163,11 @@ def _load(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as tensors: {reason}") from None
+        # Not torch's message: it advises to load without `weights_only`, which can run code.
+        raise UserError(
+            f"{path} cannot be read as tensors ({type(error).__name__}): it is damaged, or holds "
+            "other Python objects, which are not loaded"
+        ) from None
 
 
 def _targets(path: Path, y: Any, x: Tensor) -> Iterator[Tensor]:

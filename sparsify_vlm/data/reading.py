@@ -97,8 +97,12 @@ class ShapesRows(Rows):
         arguments = {"text_only": text_only} | arguments
         try:
             self.dataset = ShapesDataset(split, **arguments)
-        except TypeError as error:
-            raise UserError(f"--data_args for shapes: {error}") from None
+        except TypeError:
+            given = [f"{n}={value}" for n, value in arguments.items() if n != "text_only"]
+            raise UserError(
+                "--data_args for shapes knows size and seed, whole numbers, and nothing like "
+                f"{','.join(given)}"
+            ) from None
         columns = ["question", "answer", "type", "id"]
         columns += [] if arguments["text_only"] else ["image"]
         super().__init__(SHAPES, columns, None, f"shapes 1 {split} {sorted(arguments.items())}")
@@ -190,7 +194,9 @@ def _own(rows: Rows, cfg: DataConfig) -> Rows:
     """A single file is the split `train`; a slice of it may be asked for."""
     name = parse_split(cfg.split)[0]
     if name != "train":
-        raise UserError(f"{rows.name} is one file and has only the split train, not {name}")
+        raise UserError(
+            f"{rows.name} is one file and has only the split train, not {name}: give --split train"
+        )
     return slice_rows(rows, cfg.split)
 
 

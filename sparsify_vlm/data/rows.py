@@ -154,8 +154,10 @@ def to_sample(row: Mapping[str, Any], columns: Columns, id: str, root: Path | No
         return _read(row, columns, id, root)
     except BadImage as error:
         raise BadSample(id, str(error)) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadSample(id, f"not a {columns.shape} row: {error!r}") from None
+    except KeyError as error:
+        raise BadSample(id, f"not a {columns.shape} row: it has no {error}") from None
+    except (TypeError, ValueError, IndexError) as error:
+        raise BadSample(id, f"not a {columns.shape} row: {error}") from None
 
 
 def _read(row: Mapping[str, Any], columns: Columns, id: str, root: Path | None) -> Sample:
@@ -217,7 +219,7 @@ def _answer(value: Any) -> str | None:
 
 def _conversation(value: Any) -> list[Turn]:
     if not isinstance(value, list | tuple) or not value:
-        raise TypeError("expected a list of turns")
+        raise TypeError("expected a list of turns, one at least")
     turns: list[Turn] = []
     for entry in value:
         if "user" in entry and "assistant" in entry:

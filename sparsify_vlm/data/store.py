@@ -268,9 +268,20 @@ class ActivationStore:
             self._verify(self.shards[number])
             if len(self._mapped) >= OPEN_SHARDS:
                 self._mapped.popitem(last=False)
-            self._mapped[number] = _Mapped(self.path, self.shards[number])
+            self._mapped[number] = self._opened(self.shards[number])
         self._mapped.move_to_end(number)
         return self._mapped[number]
+
+    def _opened(self, shard: Shard) -> _Mapped:
+        mapped = _Mapped(self.path, shard)
+        for kind, layers in (("x", self.x_layers), ("y", self.y_layers)):
+            values, wanted = mapped.values[kind], (len(layers), shard.tokens, self.d_model)
+            if tuple(values.shape) != wanted or values.dtype != self.dtype:
+                raise UserError(
+                    f"{tensor_path(self.path, shard.name, kind)} holds {list(values.shape)} "
+                    f"{values.dtype}, manifest.json says {list(wanted)} {self.dtype}"
+                )
+        return mapped
 
     def _verify(self, shard: Shard) -> None:
         if shard.name in self._verified:
@@ -344,8 +355,8 @@ class _Mapped:
             with safe_open(path, framework="pt") as file:
                 names = file.keys()
                 tensors = {name: file.get_tensor(name) for name in names}
-            if kind not in tensors or tensors[kind].shape[1] != shard.tokens:
-                raise UserError(f"{path} does not hold {kind} of {shard.tokens} tokens")
+            if kind not in tensors:
+                raise UserError(f"{path} does not hold {kind}")
             self.values[kind] = tensors.pop(kind)
             self._tables |= tensors
 

@@ -88,7 +88,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: dtype {manifest.get('dtype')!r} is none of {', '.join(DTYPES)}, which this "
             "version reads"
         )
+    _check_fields(path, manifest)
     return dict(manifest)
+
+
+def _check_fields(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a field that readers rely on and that is missing or of another type."""
+    whole = (
+        "d_model",
+        "n_targets",
+        "target_offset",
+        *(("shards",) * bool(manifest.get("complete"))),
+    )
+    good = {name: type(manifest.get(name)) is int for name in whole}
+    for name, kind in (("hookpoints", str), ("x_layers", int), ("y_layers", int)):
+        value = manifest.get(name)
+        good[name] = isinstance(value, list) and all(type(v) is kind for v in value)
+    sites = manifest.get("sites")
+    good["sites"] = isinstance(sites, dict) and {"x", "y"} <= sites.keys()
+    for name, kind in (("model", str), ("revision", str), ("bos_token_id", int)):
+        good[name] = name in manifest and isinstance(manifest[name], kind | None)
+    for name in good:
+        if not good[name]:
+            raise UserError(f"{path} is damaged: its {name} is {manifest.get(name)!r}")
 
 
 def read_shards(folder: Path) -> list[Shard]:

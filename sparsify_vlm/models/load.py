@@ -128,7 +128,7 @@ def load_model(
         "trust_remote_code": trust_remote_code,
         "token": token,
     }
-    where = _device(device)
+    where = usable_device(device)
     path = ALIASES.get(name_or_path, name_or_path)
     if not Path(path).is_dir():
         offline_if_unreachable()
@@ -145,14 +145,24 @@ def load_model(
     return LoadedModel(model, processor, stack, name_or_path, commit)
 
 
-def _device(device: str | torch.device | None) -> str:
-    """The device to load on: a torch device's name or "auto"."""
+def usable_device(device: str | torch.device | None) -> str:
+    """The device to work on, by default CUDA if there: a torch device's name or "auto".
+
+    Raises `UserError` for a name that is no device's, and for one that is not there.
+    """
     there = torch.cuda.is_available()
     if device is None:
         return "cuda" if there else "cpu"
     if str(device).startswith("cuda") and not there:
         raise UserError(f"device '{device}': torch sees no CUDA device here; take --device cpu")
-    return str(device)
+    try:
+        if device != "auto":
+            torch.zeros(1, device=device).item()  # which "meta" cannot do either
+        return str(device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(
+            f"device '{device}' cannot be used here: give cpu, or cuda:0 and so on"
+        ) from None
 
 
 def _dtype(dtype: str | torch.dtype | None, device: str) -> str | torch.dtype:

@@ -37,7 +37,6 @@ from sparsify_vlm.replacement.measures import (
     LayerSums,
     Predictions,
     distinct_arms,
-    finite,
     mean_over_layers,
     recovered,
 )
@@ -271,7 +270,7 @@ def _figures(
         by_arm[ARMS[0]],
         by_arm[ARMS[1]],
         layers.by_group(layers.l0()),
-        layers.dead().tolist(),
+        layers.by_group(layers.dead()),
         layers.sigma().tolist(),
         strict=True,
     )
@@ -294,7 +293,7 @@ def _figures(
                 "fvu": full,
                 "fvu_same_layer_only": same,
                 "l0": l0,
-                "dead": finite(dead),
+                "dead": dead,
                 "sigma": sigma,
             }
             for name, full, same, l0, dead, sigma in rows

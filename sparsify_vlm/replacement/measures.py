@@ -62,7 +62,7 @@ class LayerSums:
         self._error = {arm: torch.zeros_like(self._square) for arm in distinct_arms(cfg)}
         self._active = torch.zeros_like(self._square)
         self._fired = torch.zeros(
-            cfg.n_layers, cfg.num_latents, dtype=torch.bool, device=clt.device
+            len(GROUPS), cfg.n_layers, cfg.num_latents, dtype=torch.bool, device=clt.device
         )
 
     @torch.no_grad()
@@ -79,7 +79,9 @@ class LayerSums:
             if active is not None:
                 on = active.values > 0
                 self._active[:, layer] += member @ on.sum(1).double()
-                self._fired[layer, active.indices[on]] = True
+                for group, chosen in enumerate(member.bool()):
+                    hit = active.indices[chosen][on[chosen]]
+                    self._fired[group, layer, hit] = True
         for t, y_t in enumerate(y):
             centred = y_t.double() - self._centre[t]
             self._sum[:, t] += member @ centred
@@ -121,9 +123,10 @@ class LayerSums:
         return l0
 
     def dead(self) -> Tensor:
-        """Share of latents that were never active, [L]; NaN for a layer without a coder."""
-        dead = 1 - self._fired.double().mean(1)
-        dead[len(self.clt.cfg.source_layers()) :] = torch.nan
+        """Share of latents that were never active, [3, L]; NaN without tokens or a coder."""
+        dead = 1 - self._fired.double().mean(2)
+        dead[self.tokens == 0] = torch.nan
+        dead[:, len(self.clt.cfg.source_layers()) :] = torch.nan
         return dead
 
     def by_group(self, values: Tensor) -> list[dict[str, float | None]]:

@@ -56,7 +56,7 @@ def _layers(figures: dict[str, Any], groups: list[str]) -> Table:
             *(_shown(row["fvu"][g], "{:.4f}") for g in groups),
             _shown(row["fvu_same_layer_only"]["all"], "{:.4f}"),
             _shown(row["l0"]["all"], "{:.1f}"),
-            _shown(row["dead"], "{:.1%}"),
+            _shown(row["dead"]["all"], "{:.1%}"),
         )
     table.add_section()
     means = (_shown(figures["mean_fvu"][g], "{:.4f}") for g in groups)

@@ -94,7 +94,7 @@ def _cards(
     evaluation: dict[str, Any], metrics: list[dict[str, Any]], stages: list[dict[str, Any]]
 ) -> list[dict[str, str]]:
     fvu, full = evaluation["mean_fvu"], evaluation["replacement"]["full"]
-    dead = [layer["dead"] for layer in evaluation["layers"] if layer["dead"] is not None]
+    dead = [d for layer in evaluation["layers"] if (d := layer["dead"]["all"]) is not None]
     kept = 1 - full["changed_of_correct"]["all"]
     seconds = sum(stage["seconds"] for stage in stages)
     return [

@@ -91,7 +91,10 @@ class RunFolder:
                 f"{self.path} is not empty and holds no run of ours (no run.json): give another "
                 "--run_name or --save_dir"
             )
-        return _read(self._sheet, RUN_FORMAT)
+        sheet = _read(self._sheet, RUN_FORMAT)
+        if not isinstance(sheet.get("settings"), dict):
+            raise UserError(f"{self._sheet} does not say the run's settings: it is damaged")
+        return sheet
 
     def _remove_run(self) -> None:
         """Delete what a run writes, and nothing else that may lie there."""

@@ -6,6 +6,7 @@ there). Settings of sparsify that this trainer does not have yet are refused by 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -198,8 +199,8 @@ def _check_counts(cfg: TrainConfig) -> None:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
     if cfg.max_steps is not None and cfg.max_steps < 1:
         raise UserError(f"--max_steps {cfg.max_steps}: must be at least 1")
-    if cfg.lr is not None and not cfg.lr > 0:
-        raise UserError(f"--lr {cfg.lr}: must be positive")
+    if cfg.lr is not None and not 0 < cfg.lr < math.inf:
+        raise UserError(f"--lr {cfg.lr}: must be positive and finite")
     for name in ("lr_warmup_steps", "k_decay_steps", "dead_feature_threshold"):
         if getattr(cfg, name) < 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must not be negative")

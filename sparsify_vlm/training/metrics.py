@@ -26,10 +26,13 @@ def metrics_line(
     tokens_per_s: float,
     lr: float,
     k: int,
-    dead: float,
+    dead: list[float],
 ) -> Line:
     """One line of metrics.jsonl. A figure that has no tokens or no target is null."""
-    layers = {group: figures.fvu[i].tolist() for i, group in enumerate(GROUPS)}
+    layers, l0 = (
+        {group: values[i].tolist() for i, group in enumerate(GROUPS)}
+        for values in (figures.fvu, figures.l0)
+    )
     return {
         "step": step,
         "tokens": tokens,
@@ -40,8 +43,10 @@ def metrics_line(
         "k": k,
         "fvu": {group: _mean(values) for group, values in layers.items()},
         "fvu_layers": {group: [_or_none(v) for v in vs] for group, vs in layers.items()},
-        "l0": figures.l0,
-        "dead": dead,
+        "l0": _mean(l0["all"]),
+        "l0_layers": {group: [_or_none(v) for v in vs] for group, vs in l0.items()},
+        "dead": _mean(dead),
+        "dead_layers": dead,
     }
 
 
@@ -55,12 +60,19 @@ def _mean(values: list[float]) -> float | None:
 
 
 def scalars(line: Line, hookpoints: list[str]) -> dict[str, float]:
-    """A metrics line as flat name: number pairs, as logging services want them."""
+    """A metrics line as flat name: number pairs, as logging services want them.
+
+    With a target offset the last of the hookpoints have no coder, and no L0 and dead latents.
+    """
     flat = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
     for group, value in line["fvu"].items():
         flat[f"fvu/{group}"] = value
         for name, of_layer in zip(hookpoints, line["fvu_layers"][group], strict=True):
             flat[f"fvu_{group}/{name}"] = of_layer
+        for name, of_coder in zip(hookpoints, line["l0_layers"][group], strict=False):
+            flat[f"l0_{group}/{name}"] = of_coder
+    for name, share in zip(hookpoints, line["dead_layers"], strict=False):
+        flat[f"dead/{name}"] = share
     return {name: value for name, value in flat.items() if value is not None}
 
 

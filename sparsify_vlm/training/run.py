@@ -13,6 +13,7 @@ from sparsify_vlm.coders import Clt, CltConfig, load_clt
 from sparsify_vlm.data import ActivationStore, DataConfig
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.models import LoadedModel, load_model
+from sparsify_vlm.models.load import usable_device
 from sparsify_vlm.training.checkpoint import RunFolder
 from sparsify_vlm.training.config import RunConfig, TrainConfig
 from sparsify_vlm.training.distributed import World, joined_world
@@ -80,8 +81,8 @@ def _source(
     device = run.device or world.device
     if cfg.activations is not None:
         store = _open_store(cfg.activations, data, run)
-        device = torch.device(device or _default_device())
-        source = StoreSource(cfg, store, data.shuffle_seed, world, device)
+        where = torch.device(usable_device(device))
+        source = StoreSource(cfg, store, data.shuffle_seed, world, where)
         return source, {"model": store.model, "revision": store.revision}
     if loaded is None:
         if run.model is None:
@@ -97,10 +98,6 @@ def _source(
         )
     live = LiveSource(cfg, data, loaded, world)
     return live, {"model": loaded.name, "revision": loaded.revision}
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _open_store(path: str, data: DataConfig, run: RunConfig) -> ActivationStore:

@@ -49,8 +49,8 @@ class StepFigures:
     loss: float
     fvu: Tensor
     """[3, L] by `GROUPS` and layer."""
-    l0: float
-    """Mean number of active latents per token, over the layers with a coder."""
+    l0: Tensor
+    """[3, coders]: mean number of active latents per token."""
     fired: Tensor
     """bool [coders, F]: which latents were active at any token."""
 
@@ -110,7 +110,7 @@ class JointStep:
         self.tokens = 0
         self._loss = torch.zeros(1, **wide)
         self._sse, self._variance = torch.zeros(3, layers, **wide), torch.zeros(3, layers, **wide)
-        self._active = torch.zeros(1, **wide)
+        self._active, self._counted = torch.zeros(3, coders, **wide), torch.zeros(3, 1, **wide)
         self._fired = torch.zeros(coders, clt.cfg.num_latents, dtype=torch.uint8, device=clt.device)
 
     def add(self, batch: TokenBatch, found: Moments, k: int) -> None:
@@ -132,21 +132,22 @@ class JointStep:
         )
         self._loss += stats.loss / self.grad_acc_steps
         self._sse += member @ stats.errors.double().T
-        self._active += stats.l0[: len(stats.fired)].mean() * x.shape[1]
+        self._active += member @ stats.active.double().T
+        self._counted += member.sum(1, keepdim=True)
         for coder, hit in enumerate(stats.fired):
             self._fired[coder] |= hit
 
     def finish(self) -> StepFigures:
         """Add everything up over the processes; the gradients are then in the parameters."""
         self.world.sum_(_gradients(self.clt))
-        self.world.sum_([self._loss, self._sse, self._active])
+        self.world.sum_([self._loss, self._sse, self._active, self._counted])
         self.world.max_([self._fired])
         fvu = torch.where(self._variance > 0, self._sse / self._variance, torch.nan)
         return StepFigures(
             tokens=self.tokens,
             loss=float(self._loss),
             fvu=fvu.cpu(),
-            l0=float(self._active) / max(self.tokens, 1),
+            l0=(self._active / self._counted).cpu(),
             fired=self._fired.bool(),
         )
 

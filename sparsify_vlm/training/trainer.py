@@ -237,10 +237,12 @@ class Trainer:
         progress = self.step / decay
         return round(initial * (1 - progress) + final * progress)
 
-    def dead_share(self) -> float:
-        """Share of latents that have not fired for more than `dead_feature_threshold` tokens."""
+    def dead_shares(self) -> list[float]:
+        """Per coder: share of latents that have not fired for more than `dead_feature_threshold`
+        tokens."""
         dead = self.since_fired > self.cfg.dead_feature_threshold
-        return float(dead.double().mean())
+        shares: list[float] = dead.double().mean(1).tolist()
+        return shares
 
     def _report(
         self,
@@ -250,7 +252,7 @@ class Trainer:
         metrics: Metrics | None,
         progress: Progress,
     ) -> None:
-        rate, dead = self.clock.tick(), self.dead_share()
+        rate, dead = self.clock.tick(), self.dead_shares()
         if metrics is None or figures.tokens == 0:
             return
         line = metrics_line(

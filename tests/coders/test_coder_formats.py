@@ -297,6 +297,32 @@ def test_bad_files_are_named(saved):
         load_clt(saved)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hookpoints", 5),
+        ("hookpoints", ["a", 5]),
+        ("hookpoints", []),
+        ("target_offset", 2),
+        ("n_targets", "x"),
+        ("model", 5),
+        ("normalisation", "unit"),
+        ("training", [1]),
+    ],
+)
+def test_sheet_that_is_not_understood_is_refused(saved, field, value):
+    edit_json(saved / "clt.json", **{field: value})
+    with pytest.raises(UserError, match=rf"clt\.json: .*{field}"):
+        load_clt(saved)
+
+
+def test_every_layer_is_checked_for_what_cannot_be_read(saved):
+    last = sorted(saved.glob("*/cfg.json"))[-1]
+    edit_json(last, normalize_io=True)
+    with pytest.raises(UserError, match=rf"{last.parent.name}/cfg\.json: .*normalize_io"):
+        load_clt(saved)
+
+
 def test_truncated_and_missing_tensor_files_are_named(saved):
     path = saved / "language_model.model.layers.2.mlp" / "sae.safetensors"
     path.write_bytes(path.read_bytes()[:100])

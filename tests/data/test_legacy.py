@@ -174,6 +174,10 @@ class Evil:
         (lambda p: torch.save(torch.zeros(3, 9, WIDTH), p), "does not fit"),
         (lambda p: torch.save(torch.zeros(3, 2, 7, WIDTH + 1), p), "where x is"),
         (lambda p: torch.save({"y": 1}, p), "not a tensor or a list"),
+        (
+            lambda p: torch.save(torch.zeros(0, WIDTH), p.with_name("batch_0_x.pt")),
+            "L2/batch_0_x.pt holds no activations",
+        ),
         (lambda p: torch.save(torch.zeros(3, 2, 7, WIDTH).half(), p), "float16"),
     ],
 )

@@ -164,7 +164,7 @@ def test_unknown_rows_say_how_to_name_their_columns() -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     (LLAVA | {"conversations": [{"from": "narrator", "value": "x"}]}, "unknown speaker 'narrator'"),
-    (LLAVA | {"conversations": []}, "expected a list of turns"),
+    (LLAVA | {"conversations": []}, "expected a list of turns, one at least"),
     (LLAVA | {"image": ["0.jpg", "1.jpg"]}, "2 images but 1 <image> marks"),
     (LLAVA | {"image": None}, "0 images but 1 <image> marks"),
     (LLAVA | {"image": 5}, "int, not an image"),

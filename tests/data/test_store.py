@@ -173,6 +173,12 @@ def test_lost_lines_are_noticed(folder: Path) -> None:
         ({"format": "other"}, "format is 'other'"),
         ({"dtype": "int8"}, "dtype 'int8' is none of"),
         ({"complete": False}, "has not ended"),
+        ({"shards": 99}, "shards are listed"),
+        ({"hookpoints": None}, "its hookpoints is None"),
+        ({"d_model": "8"}, "its d_model is '8'"),
+        ({"sites": 5}, "its sites is 5"),
+        ({"x_layers": ["a"]}, "its x_layers is"),
+        ({"bos_token_id": "<s>"}, "its bos_token_id is '<s>'"),
     ],
 )
 def test_what_is_not_known_is_refused(folder: Path, change: dict, message: str) -> None:
@@ -180,6 +186,16 @@ def test_what_is_not_known_is_refused(folder: Path, change: dict, message: str) 
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
         ActivationStore(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"d_model": WIDTH // 2}, {"dtype": "float32"}, {"x_layers": [0]}]
+)
+def test_manifest_that_contradicts_the_files_is_refused(folder: Path, change: dict) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=r"_x\.safetensors holds \[3, .* manifest.json says"):
+        ActivationStore(folder).rows(range(8))
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:

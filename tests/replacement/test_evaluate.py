@@ -76,12 +76,10 @@ def test_fvu_l0_and_dead_are_those_of_two_passes_in_float64(offset):
         for s in range(L - offset):
             l0 = (acts[s][chosen] > 0).sum(1).double().mean()
             assert float(sums.l0()[g, s]) == pytest.approx(float(l0))
-    for s in range(L - offset):
-        assert float(sums.dead()[s]) == pytest.approx(
-            float(((acts[s] > 0).sum(0) == 0).double().mean())
-        )
+            never = ((acts[s][chosen] > 0).sum(0) == 0).double().mean()
+            assert float(sums.dead()[g, s]) == pytest.approx(float(never))
     assert sums.fvu("full")[:, :offset].isnan().all()
-    assert sums.dead()[L - offset :].isnan().all()
+    assert sums.dead()[:, L - offset :].isnan().all()
     torch.testing.assert_close(sums.mean_y(), y.mean(1))
 
 
@@ -92,6 +90,7 @@ def test_a_role_without_tokens_has_no_figures():
     rows = sums.by_group(sums.fvu("full"))
     assert all(row["image"] is None and row["text"] == row["all"] for row in rows)
     assert all(row["image"] is None for row in sums.by_group(sums.l0()))
+    assert all(row["image"] is None for row in sums.by_group(sums.dead()))
 
 
 def test_predictions_are_those_of_plain_sums():

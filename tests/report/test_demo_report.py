@@ -22,7 +22,7 @@ L = 3
 
 def evaluation(image: float, text: float, lost: float) -> dict[str, Any]:
     both = {"all": image, "image": image, "text": text}
-    layer = {"fvu": both, "fvu_same_layer_only": both, "dead": 0.25, "sigma": 1.0}
+    layer = {"fvu": both, "fvu_same_layer_only": both, "dead": {"all": 0.25}, "sigma": 1.0}
     types = {"all": lost, "colour": lost, "shape": lost, "count": None, "existence": lost}
     arm = {
         "cross_entropy": 0.125,

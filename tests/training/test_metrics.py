@@ -26,7 +26,7 @@ def test_every_line_has_every_figure(tmp_path: Path) -> None:
     for line in lines:
         assert list(line) == [
             *("step", "tokens", "seconds", "tokens_per_s", "loss", "lr", "k"),
-            *("fvu", "fvu_layers", "l0", "dead"),
+            *("fvu", "fvu_layers", "l0", "l0_layers", "dead", "dead_layers"),
         ]
         assert line["tokens"] == line["step"] * 48
         assert line["k"] == 4
@@ -34,6 +34,11 @@ def test_every_line_has_every_figure(tmp_path: Path) -> None:
             first, *rest = line["fvu_layers"][group]
             assert first is None  # nothing writes to the first layer
             assert line["fvu"][group] == pytest.approx(sum(rest) / 2)
+        for name in ("l0", "dead"):
+            of_coders = line[f"{name}_layers"]
+            of_coders = of_coders["all"] if name == "l0" else of_coders
+            assert len(of_coders) == len(trainer.clt.cfg.source_layers())
+            assert line[name] == pytest.approx(sum(of_coders) / len(of_coders))
         assert line["loss"] == pytest.approx(sum(line["fvu_layers"]["all"][1:]))
 
 

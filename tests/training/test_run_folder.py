@@ -131,3 +131,18 @@ def test_unknown_version_and_damaged_state_are_refused(tmp_path: Path) -> None:
     (state / "tensors.safetensors").write_bytes(b"\x00" * 100)
     with pytest.raises(UserError, match=r"tensors\.safetensors cannot be read"):
         toy_trainer(toy_config(tmp_path, resume=True))
+
+
+def test_damaged_sheet_and_incomplete_state_are_refused(tmp_path: Path) -> None:
+    toy_trainer(toy_config(tmp_path)).fit()
+    state = tmp_path / "unnamed" / "resume" / "step-00000012" / "state.json"
+    whole = json.loads(state.read_text())
+    for lacking in ("optimizers", "tokens"):
+        state.write_text(json.dumps({k: v for k, v in whole.items() if k != lacking}))
+        with pytest.raises(UserError, match=rf"resume lacks '{lacking}'"):
+            toy_trainer(toy_config(tmp_path, resume=True))
+    state.write_text(json.dumps(whole))
+    sheet = tmp_path / "unnamed" / "run.json"
+    sheet.write_text(json.dumps(json.loads(sheet.read_text()) | {"settings": None}))
+    with pytest.raises(UserError, match=r"run\.json does not say the run's settings"):
+        toy_trainer(toy_config(tmp_path, resume=True))

@@ -75,7 +75,9 @@ def test_figures_by_role() -> None:
         variance = (y - y.mean(1, keepdim=True)).square().sum((1, 2))
         torch.testing.assert_close(figures.fvu[row], (y - y_hat).square().sum((1, 2)) / variance)
     active = torch.stack([latent.dense(32) > 0 for latent in latents if latent is not None])
-    assert figures.l0 == pytest.approx(active.sum(2).double().mean().item())
+    for row, wanted in enumerate((None, Role.IMAGE, Role.TEXT)):
+        chosen = slice(None) if wanted is None else batch.role == wanted
+        torch.testing.assert_close(figures.l0[row], active[:, chosen].sum(2).double().mean(1))
     assert torch.equal(figures.fired, active.any(1))
 
 
@@ -132,9 +134,11 @@ def test_loss_falls_and_dead_latents_are_counted(tmp_path: Path) -> None:
     assert last["loss"] < 2.5
     assert last["tokens"] == 150 * 48
     never = trainer.since_fired == 150 * 48
-    assert trainer.dead_share() >= float(never.double().mean())
+    assert all(a >= b for a, b in zip(trainer.dead_shares(), never.double().mean(1), strict=True))
     dead = (trainer.since_fired > 100).double().mean()
     assert last["dead"] == pytest.approx(float(dead))
+    by_coder = (trainer.since_fired > 100).double().mean(1).tolist()
+    assert last["dead_layers"] == pytest.approx(by_coder)
 
 
 def test_k_falls_linearly(tmp_path: Path) -> None:

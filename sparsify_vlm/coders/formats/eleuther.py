@@ -81,15 +81,9 @@ def load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) ->
 
 
 def _read_config(folder: Path) -> _Stored:
-    sheet = read_json(folder / SHEET) if (folder / SHEET).is_file() else None
+    sheet = _read_sheet(folder / SHEET) if (folder / SHEET).is_file() else None
     if sheet is not None:
-        if sheet.get("format") != FORMAT or sheet.get("version") != VERSION:
-            raise UserError(
-                f"{folder / SHEET}: format '{sheet.get('format')}' version {sheet.get('version')} "
-                f"is not known here (expected '{FORMAT}' version {VERSION}); update sparsify-vlm"
-            )
-        hookpoints = _field(sheet, "hookpoints", folder / SHEET)
-        offset = int(_field(sheet, "target_offset", folder / SHEET))
+        hookpoints, offset = sheet["hookpoints"], sheet["target_offset"]
         folders = [folder / name for name in hookpoints[: len(hookpoints) - offset]]
     else:
         offset = 0
@@ -104,11 +98,39 @@ def _read_config(folder: Path) -> _Stored:
         hookpoints = [child.name for child in folders]
     cfgs = [read_json(child / CFG) for child in folders]
     _check_agreement(folders, cfgs)
-    _refuse_unsupported(folders[0] / CFG, cfgs[0])
+    for child, cfg in zip(folders, cfgs, strict=True):
+        _refuse_unsupported(child / CFG, cfg)
     config = _clt_config(cfgs, folders[0] / CFG, hookpoints, offset, sheet or {})
     if sheet is None:
         _check_depths(folders, cfgs, config)
     return _Stored(folders, cfgs, config, sheet is not None)
+
+
+def _read_sheet(path: Path) -> dict[str, Any]:
+    """`clt.json`, its fields checked."""
+    sheet = read_json(path)
+    if sheet.get("format") != FORMAT or sheet.get("version") != VERSION:
+        raise UserError(
+            f"{path}: format '{sheet.get('format')}' version {sheet.get('version')} is not known "
+            f"here (expected '{FORMAT}' version {VERSION}); update sparsify-vlm"
+        )
+    names = _field(sheet, "hookpoints", path)
+    offset = _field(sheet, "target_offset", path)
+    model, n_targets = sheet.get("model"), sheet.get("n_targets", 1)
+    wrong = {
+        "hookpoints": not (isinstance(names, list) and all(isinstance(n, str) for n in names)),
+        "target_offset": type(offset) is not int or offset not in (0, 1),
+        "n_targets": type(n_targets) is not int,
+        "model": not (model is None or isinstance(model, str)),
+        "normalisation": sheet.get("normalisation") is not None,  # would change what x and y are
+        "training": not isinstance(sheet.get("training") or {}, dict),
+    }
+    for name in wrong:
+        if wrong[name]:
+            raise UserError(f"{path}: {name} {sheet[name]!r} is not understood")
+    if len(names) <= offset:
+        raise UserError(f"{path}: hookpoints names no layer that has a coder")
+    return sheet
 
 
 def _field(values: dict[str, Any], name: str, path: Path) -> Any:
