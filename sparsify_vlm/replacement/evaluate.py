@@ -13,6 +13,7 @@ Sums are kept, never activations. docs/evaluate.md defines every figure.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
@@ -56,6 +57,7 @@ def evaluate(cfg: EvaluateConfig) -> Figures:
 
     Returns what was written. Raises `UserError` for a coder, model or dataset that cannot be used.
     """
+    _check_outputs(cfg)
     clt = load_clt(cfg.clt)
     if cfg.filter_bos is not None:
         clt.cfg.training["filter_bos"] = cfg.filter_bos
@@ -77,6 +79,37 @@ def evaluate(cfg: EvaluateConfig) -> Figures:
     print_evaluation(figures)
     print(f"Written to {cfg.output}.")
     return figures
+
+
+def _check_outputs(cfg: EvaluateConfig) -> None:
+    """Refuse, before any work, files that cannot be written or hold something else."""
+    files = {"--output": cfg.output}
+    if cfg.answers is not None:
+        files["--answers"] = cfg.answers
+    for flag, name in files.items():
+        path = Path(name)
+        if not name or path.is_dir():
+            raise UserError(f"{flag} '{name}' is a folder: give the name of a file")
+        if path.is_file() and not _is_evaluation(path):
+            raise UserError(f"{flag} {name} is there and no evaluation: give another name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise UserError(f"{flag} {name}: {path.parent} cannot be written to")
+    if len(files) > len({Path(name).resolve() for name in files.values()}):
+        raise UserError(f"--output and --answers are both {cfg.output}: give two files")
+
+
+def _is_evaluation(path: Path) -> bool:
+    """Whether `path` is empty or was written by `evaluate`: figures, or a line per answer."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        found = json.loads(text.partition("\n")[0] if text.startswith('{"') else text or "{}")
+    except ValueError:
+        return False
+    ours = isinstance(found, dict) and (
+        found.get("format") == FORMAT or {"truth", "answers", "right"} <= found.keys()
+    )
+    return not text or ours
 
 
 def measure(model: VLMReplacementModel, cfg: EvaluateConfig, *, quiet: bool = False) -> Figures:

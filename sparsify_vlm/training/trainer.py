@@ -275,8 +275,11 @@ class Trainer:
     def save(self, metrics: Metrics | None = None, *, ended: bool = False) -> None:
         """Write the state of this step and publish the coders; all processes must call it.
 
-        Raises `UserError` when the disk is full; the state before is then still there.
+        Raises `UserError` when the disk is full; the state before is then still there. Also when
+        no token was counted so far: coders that have learnt nothing are not published.
         """
+        if self.clock.tokens == 0:
+            raise UserError(_no_token(self.step, self.source.skipped))
         if self.world.is_first:
             with disk_full_explained(self.run):
                 if metrics is not None:
@@ -324,6 +327,18 @@ class Trainer:
         if loaded is None:
             return False
         plain, tensors = loaded
+        try:
+            self._take_up(plain, tensors)
+        except KeyError as error:
+            raise UserError(
+                f"{self.run.path}/resume lacks {error}: it is damaged, the run cannot be resumed"
+            ) from None
+        if self.world.is_first:
+            with disk_full_explained(self.run):
+                self.publish()
+        return self.finished or (plain["ended"] and self.total is None)
+
+    def _take_up(self, plain: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.clt.named_parameters():
                 _restore(parameter, tensors, f"weights.{name}", self.run)
@@ -336,10 +351,11 @@ class Trainer:
         )
         self.step, self._without_weights = int(plain["step"]), False
         self.clock = Clock(plain["seconds"], plain["tokens"])
-        if self.world.is_first:
-            with disk_full_explained(self.run):
-                self.publish()
-        return self.finished or (plain["ended"] and self.total is None)
+
+
+def _no_token(steps: int, skipped: list[str]) -> str:
+    why = f"{skipped[0]} was skipped" if skipped else "--exclude_tokens leaves none, or all are BOS"
+    return f"there was no token to train on in {steps} steps ({why}); nothing was saved"
 
 
 def _restore(
