@@ -11,6 +11,7 @@ from toy_source import ToySource, toy_config, toy_trainer
 from sparsify_vlm.coders import Clt, CltConfig, joint_loss
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.models import Role
+from sparsify_vlm.replacement.measures import LayerSums
 from sparsify_vlm.training.distributed import World
 from sparsify_vlm.training.sources import TokenBatch
 from sparsify_vlm.training.step import JointStep, check_finite, moments
@@ -79,6 +80,18 @@ def test_figures_by_role() -> None:
         chosen = slice(None) if wanted is None else batch.role == wanted
         torch.testing.assert_close(figures.l0[row], active[:, chosen].sum(2).double().mean(1))
     assert torch.equal(figures.fired, active.any(1))
+
+
+def test_figures_are_those_of_an_evaluation_of_the_same_tokens() -> None:
+    """Training and `evaluate` mean the same by FVU and L0, in total and by role."""
+    batch = ToySource(dtype=torch.float64).global_batch(0)
+    clt = made_up_clt()
+    step = JointStep(clt, World(), 1, 3)
+    step.add(batch, moments(batch, torch.float64, World()), k=4)
+    figures, sums = step.finish(), LayerSums(clt)
+    sums.add(batch.x, batch.y, batch.role)
+    torch.testing.assert_close(figures.fvu, sums.fvu("full"))
+    torch.testing.assert_close(figures.l0, sums.l0())
 
 
 def test_batch_of_one_role_has_no_figure_for_the_other() -> None:

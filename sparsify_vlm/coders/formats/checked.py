@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +42,6 @@ class CheckedTensors:
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{self.path}: tensor '{key}' holds NaN or infinite values")
         return tensor
-
-    def read_first(self, keys: Iterable[str], shape: tuple[int, ...]) -> Tensor:
-        """The first of several names for one tensor that is there."""
-        names = list(keys)
-        return self.read(next((name for name in names if name in self.keys), names[0]), shape)
 
     def dtype(self, key: str) -> torch.dtype:
         """The stored dtype of a tensor known to be there."""
