@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from sparsify_vlm.data.config import DataConfig
 from sparsify_vlm.errors import UserError
@@ -39,6 +40,11 @@ class EvaluateConfig(DataConfig):
     filter_bos: bool | None = None
     """Leave the beginning-of-sequence token out of every figure, and its MLPs as they are.
     Default: as the coder was trained."""
+
+    input_site: Literal["mlp_in", "resid_mid", "mlp_out"] | None = None
+    """Where the coder reads: the MLP's input after its norm, the residual stream before it, or the
+    MLP's output. Default: what the checkpoint says, and mlp_in where it says nothing, as those of
+    other programs often do."""
 
     device: str | None = None
     """Where the model and the coder run. Default: cuda if there, else cpu."""

@@ -61,6 +61,7 @@ def evaluate(cfg: EvaluateConfig) -> Figures:
     clt = load_clt(cfg.clt)
     if cfg.filter_bos is not None:
         clt.cfg.training["filter_bos"] = cfg.filter_bos
+    clt.cfg.input_site = cfg.input_site or clt.cfg.input_site
     name = cfg.model or clt.cfg.model
     if name is None:
         raise UserError(f"{cfg.clt} does not say which model it was trained on: give --model")

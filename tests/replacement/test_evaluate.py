@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -321,6 +322,24 @@ def test_the_command_writes_json_and_prints_tables(tmp_path, loaded, model, caps
     printed = capsys.readouterr().out
     for word in ("FVU image", "layers.7.mlp", "CE recovered", "colour", "top-1 match"):
         assert word in printed
+
+
+def test_where_a_foreign_coder_reads_can_be_said(tmp_path, monkeypatch):
+    """circuit-tracer's folder says it, the same coder's in EleutherAI's layout does not."""
+    monkeypatch.chdir(tmp_path)
+    oracles = Path(__file__).parents[1] / "oracles" / "attribution"
+    found = {}
+    for name, folder, site in (
+        ("known", "clt_circuit_tracer", []),
+        ("said", "clt_eleutherai", ["--input_site", "resid_mid"]),
+        ("silent", "clt_eleutherai", []),
+    ):
+        clt, model = oracles / "cases" / "llama_relu" / folder, oracles / "models" / "tiny_llama"
+        argv = ["evaluate", str(clt), "shapes", "--model", str(model), "--max_examples", "4"]
+        assert main([*argv, *site, "--max_new_tokens", "0", "--output", name]) == 0
+        found[name] = json.loads(Path(name).read_text())["mean_fvu"]["all"]
+    assert found["said"] == pytest.approx(found["known"], rel=1e-5)
+    assert found["silent"] != pytest.approx(found["known"], rel=0.01)
 
 
 @pytest.mark.parametrize(
