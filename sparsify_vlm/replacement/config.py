@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from sparsify_vlm.data.config import DataConfig
 from sparsify_vlm.errors import UserError
+
+
+INPUT_SITES = ("mlp_in", "resid_mid", "mlp_out")
 
 
 @dataclass(kw_only=True)
@@ -41,10 +43,10 @@ class EvaluateConfig(DataConfig):
     """Leave the beginning-of-sequence token out of every figure, and its MLPs as they are.
     Default: as the coder was trained."""
 
-    input_site: Literal["mlp_in", "resid_mid", "mlp_out"] | None = None
-    """Where the coder reads: the MLP's input after its norm, the residual stream before it, or the
-    MLP's output. Default: what the checkpoint says, and mlp_in where it says nothing, as those of
-    other programs often do."""
+    input_site: str | None = None
+    """Where the coder reads: mlp_in (the MLP's input, after its norm), resid_mid (before the norm)
+    or mlp_out (the MLP's output). Default: what the checkpoint says; mlp_in for transcoders that do
+    not say it."""
 
     device: str | None = None
     """Where the model and the coder run. Default: cuda if there, else cpu."""
@@ -68,5 +70,7 @@ class EvaluateConfig(DataConfig):
         super().__post_init__()
         if self.batch_size < 1:
             raise UserError(f"--batch_size must be at least 1, not {self.batch_size}")
+        if self.input_site not in (None, *INPUT_SITES):
+            raise UserError(f"--input_site {self.input_site} is none of {', '.join(INPUT_SITES)}")
         if self.max_new_tokens < 0:
             raise UserError(f"--max_new_tokens must not be negative, as {self.max_new_tokens} is")

@@ -340,6 +340,7 @@ def test_where_a_foreign_coder_reads_can_be_said(tmp_path, monkeypatch):
         found[name] = json.loads(Path(name).read_text())["mean_fvu"]["all"]
     assert found["said"] == pytest.approx(found["known"], rel=1e-5)
     assert found["silent"] != pytest.approx(found["known"], rel=0.01)
+    assert main(["evaluate", str(clt), "--input_site", "nowhere"]) == 1
 
 
 @pytest.mark.parametrize(
