@@ -163,10 +163,11 @@ def _check_tokens(
     for sample, prompt in zip(samples, prompts, strict=True):
         if prompt is None:
             ids = sample.input_ids or ()
-            if max(ids) >= n_tokens:
+            if not 0 <= min(ids) <= max(ids) < n_tokens:
+                strange = max(ids) if min(ids) >= 0 else min(ids)
                 raise BadSample(
                     sample.id,
-                    f"token {max(ids)} is not among the {n_tokens} of {loaded.name}; it was "
+                    f"token {strange} is not among the {n_tokens} of {loaded.name}; it was "
                     "tokenised for another model",
                 )
             found = sum(token == image_id for token in ids)

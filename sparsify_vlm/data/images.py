@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from sparsify_vlm.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+URL_TIMEOUT = 60.0  # seconds without an answer
 
 
 class BadSample(UserError):
@@ -39,7 +43,8 @@ class BadImage(Exception):
 class ImageRef:
     """An image that has not been decoded: one of `path`, `data` and `image` is set.
 
-    `path` may be a URL that fsspec reads (hf://, s3://, zip://…); `name` is how messages call it.
+    `path` may be a URL: HTTP, or what fsspec reads (hf://, s3://, zip://…); `name` is how messages
+    call it.
     """
 
     name: str
@@ -91,9 +96,15 @@ class ImageRef:
 
 
 def _read_url(url: str) -> bytes:
+    """What `url` holds: by Python's own client over HTTP, for which fsspec asks for a package
+    that nothing here installs, and by fsspec otherwise."""
     import fsspec
 
     try:
+        if url.startswith(("http://", "https://")):
+            request = Request(url, headers={"User-Agent": "sparsify-vlm"})
+            with urlopen(request, timeout=URL_TIMEOUT) as answer:
+                return bytes(answer.read())
         with fsspec.open(url, "rb") as file:
             data: bytes = file.read()
             return data

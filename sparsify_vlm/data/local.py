@@ -84,6 +84,8 @@ class LineRows(Rows):
                         columns |= dict.fromkeys(_keys(line))
                 start += len(line)
         super().__init__(path.name, list(columns), root, digest.hexdigest())
+        if self._starts and not columns:
+            self[0]  # raises where that is because no line is JSON
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -223,7 +223,7 @@ def _conversation(value: Any) -> list[Turn]:
     turns: list[Turn] = []
     for entry in value:
         if "user" in entry and "assistant" in entry:
-            turns += [Turn("user", entry["user"]), Turn("assistant", entry["assistant"])]
+            turns += [_turn(speaker, entry[speaker]) for speaker in ("user", "assistant")]
         elif "from" in entry:
             turns.append(_turn(entry["from"], entry["value"]))
         else:

@@ -60,7 +60,10 @@ class TokenFileRows(Rows):
     """A file of uint16 tokens, cut into rows of `ctx_len`; upstream's memory-mapped datasets."""
 
     def __init__(self, path: Path, ctx_len: int) -> None:
-        tokens = np.memmap(path, dtype=np.uint16, mode="r") if path.stat().st_size else np.empty(0)
+        size = path.stat().st_size
+        if size % 2:
+            raise UserError(f"{path} is no file of 16-bit tokens: it has {size} bytes")
+        tokens = np.memmap(path, dtype=np.uint16, mode="r") if size else np.empty(0)
         n = len(tokens) // ctx_len
         self._rows = tokens[: n * ctx_len].reshape(n, ctx_len)
         identity = f"{path.name} {len(tokens)} {ctx_len}"

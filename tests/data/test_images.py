@@ -3,7 +3,10 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -116,6 +119,18 @@ def test_a_missing_image_says_where_it_was_sought(tmp_path: Path) -> None:
     ref = image_ref("away.png", tmp_path, "column image")
     with pytest.raises(BadImage, match=rf"away\.png is missing: .*{tmp_path.name}.*--image_root"):
         ref.decode()
+
+
+def test_an_image_is_fetched_over_http(tmp_path: Path) -> None:
+    Image.new("RGB", (3, 2), RED).save(tmp_path / "a.png")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        where = f"http://127.0.0.1:{server.server_port}"
+        assert (pixels(image_ref(f"{where}/a.png", None, "it")) == RED).all()
+        with pytest.raises(BadImage, match=r"b\.png cannot be fetched: .*404"):
+            image_ref(f"{where}/b.png", None, "it").decode()
+        server.shutdown()
 
 
 @pytest.mark.parametrize("url", ["nothing://host/a.png", "http://127.0.0.1:9/a.png"])

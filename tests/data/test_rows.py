@@ -171,6 +171,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image": None, "caption": "x"}, "holds no image"),
     ({"image": "0.jpg", "question": None}, "expected text, found NoneType"),
     ({"input_ids": []}, "no tokens"),
+    (CAULDRON | {"texts": [{"user": 5, "assistant": "x"}]}, "expected text, found int"),
+    (CAULDRON | {"texts": [{"user": "x", "assistant": None}]}, "expected text, found NoneType"),
+    (LLAVA | {"conversations": [5]}, "not a conversation row"),
 ]
 
 

@@ -292,6 +292,8 @@ MISTAKES = [
     ("pictures", {"split": "train[5:5]"}, "has no rows"),
     ("broken.json", {}, r"broken\.json is not JSON"),
     ("number.json", {}, "no list of rows"),
+    ("latin.jsonl", {}, r"latin\.jsonl is not JSON: 'utf-8' codec"),
+    ("odd.bin", {}, r"odd\.bin is no file of 16-bit tokens: it has 3 bytes"),
     ("weights.pt", {}, r"unknown kind of file; known are \.json"),
     ("broken.parquet", {}, r"broken\.parquet cannot be read"),
     ("torn.csv", {}, r"torn\.csv cannot be read: .*line 3"),
@@ -312,6 +314,8 @@ def test_mistakes_end_in_one_line(
     Path("broken.json").write_text("[{")
     Path("number.json").write_text("5")
     Path("weights.pt").write_bytes(b"x")
+    Path("latin.jsonl").write_bytes('{"text": "é"}\n'.encode("latin-1"))
+    Path("odd.bin").write_bytes(b"abc")
     Path("broken.parquet").write_bytes(b"PAR1 no")
     Path("torn.csv").write_text("image,question\na,b\nc,d,e,f\n")
     Path("empty").mkdir()
