@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from sparsify_vlm.data.config import DataConfig
 from sparsify_vlm.errors import UserError
 
-
 INPUT_SITES = ("mlp_in", "resid_mid", "mlp_out")
 
 
