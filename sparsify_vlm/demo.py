@@ -35,6 +35,9 @@ EXAMPLES = 8
 """Held-out scenes shown with their answers: the first ones, two of each question type."""
 DIFFERENCES = 4
 """Scenes shown besides: the first ones that one of the replacements answers wrongly."""
+LEAST_HELDOUT = 20
+"""Held-out scenes until every colour and shape is in an even and in an odd one: latents are chosen
+on the ones and scored on the others."""
 
 MARK = "demo.json"
 """Written first: a folder that holds it is a demo's and may be made anew."""
@@ -73,6 +76,12 @@ class DemoConfig:
 
     keep_activations: bool = False
     """Keep the captured activations (about 3 KB a token) when the demo is done."""
+
+    def __post_init__(self) -> None:
+        least = {"train_scenes": 1, "heldout_scenes": LEAST_HELDOUT, "steps": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least {bound}")
 
 
 @dataclass

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from sparsify_vlm.demo import DemoConfig, run_demo
+from sparsify_vlm.data import ShapesDataset
+from sparsify_vlm.demo import LEAST_HELDOUT, DemoConfig, run_demo
 from sparsify_vlm.errors import UserError
+from sparsify_vlm.features.shapes import patch_truth
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +73,18 @@ def test_a_second_demo_replaces_the_first_but_nothing_else(folder: Path, tmp_pat
     with pytest.raises(UserError, match="holds files that no demo wrote"):
         run_demo(DemoConfig(output_dir=str(tmp_path)))
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "setting", [{"steps": 0}, {"train_scenes": 0}, {"heldout_scenes": LEAST_HELDOUT - 1}]
+)
+def test_what_cannot_end_in_a_report_is_refused_at_once(setting: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=f"--{next(iter(setting))} .*: must be at least"):
+        DemoConfig(**setting)  # type: ignore[arg-type]
+
+
+def test_the_least_held_out_scenes_show_everything_in_both_halves() -> None:
+    for enough in (LEAST_HELDOUT, LEAST_HELDOUT - 1):
+        truth = patch_truth(ShapesDataset("heldout", enough))
+        scenes = [patches.reshape(enough, -1).any(1) for patches in truth.values()]
+        assert all(s[::2].any() and s[1::2].any() for s in scenes) == (enough == LEAST_HELDOUT)

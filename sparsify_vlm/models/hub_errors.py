@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ def explained(name: str) -> Iterator[None]:
     """Turn the errors of loading model `name` into one `UserError` of one line."""
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:
         reason = _reason(name, error)
         if reason is None:
             raise
@@ -53,6 +54,15 @@ def _reason(name: str, error: Exception) -> str | None:
         return f"needs a package that is not installed: {_sentence(text)}"
     if any(s in text for s in ("Unrecognized model", "not recognize this architecture")):
         return "has no config.json of a model type that this version of transformers knows"
+    if "ignore_mismatched_sizes" in text:
+        return "has weights of other shapes than its config.json says"
+    if isinstance(error, json.JSONDecodeError):
+        return f"has a configuration, tokenizer or processor file that is not JSON: {text}"
+    if isinstance(error, errors.StrictDataclassError):
+        return f"has a config.json that is not understood: {_sentence(text)}"
+    # What the library tokenizers raises has no type of its own.
+    if "instantiate the backend tokenizer" in text or type(error) is Exception:
+        return f"has no tokenizer that can be read: {_sentence(text)}"
     if isinstance(error, OSError):
         return f"cannot be loaded: {_sentence(text)}"
     return None

@@ -214,6 +214,10 @@ def _block(name: str, record: _Seen, mlp: nn.Module, scales: list[float]) -> Blo
     for scale in scales:
         if _is_sum(record.output, stream, last.made_value, scale):
             return Block(mlp, norm, post, scale)
+    if not bool(record.output.isfinite().all()):
+        raise UserError(
+            f"{name} gives NaN or infinity: its weights are damaged, or --dtype is too narrow"
+        )
     raise UserError(
         f"{name} is not supported: its output is not the residual stream plus what its MLP writes "
         "(attention and MLP in parallel, or gated), so there is no well-defined target for a coder"

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers as tf
-from families import VLMS, build, example, load, shared
+from families import FAMILIES, VLMS, build, example, load, shared
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
@@ -154,6 +154,9 @@ def _hub(kind: type[errors.HfHubHTTPError], text: str) -> OSError:
         (ImportError("Foo requires the bar library. Long help"), "not installed: Foo requires"),
         (ValueError("The checkpoint … does not recognize this architecture"), "no config.json of"),
         (OSError("no space.\nleft"), "cannot be loaded: no space"),
+        (RuntimeError("You set `ignore_mismatched_sizes` to `False`"), "weights of other shapes"),
+        (json.JSONDecodeError("Expecting value", "{", 1), "a configuration, tokenizer or"),
+        (Exception("data did not match any variant"), "no tokenizer that can be read: data did"),
     ],
 )
 def test_hub_errors_in_one_line(error: Exception, expected: str) -> None:
@@ -170,6 +173,42 @@ def test_hub_errors_in_one_line(error: Exception, expected: str) -> None:
 def test_errors_of_the_program_are_not_hidden() -> None:
     with pytest.raises(ValueError, match="bug"), explained("some/model"):
         raise ValueError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("tokenizer.json", "{", "is not JSON"),
+        ("tokenizer.json", '{"added_tokens": []}', "no tokenizer that can be read"),
+        ("tokenizer.json", None, "no tokenizer that can be read"),
+        ("processor_config.json", "{", "is not JSON"),
+        ("config.json", {"text_config": 5}, "config.json that is not understood"),
+        ("config.json", {"text_config": {"intermediate_size": 50}}, "other shapes"),
+    ],
+)
+def test_damaged_files_of_a_model_end_in_one_line(
+    file: str, content: Any, expected: str, tmp_path: Path
+) -> None:
+    path = build("llava", tmp_path) / file
+    if isinstance(content, dict):
+        whole = json.loads(path.read_text())
+        for name, value in content.items():
+            whole[name] = whole[name] | value if isinstance(value, dict) else value
+        content = json.dumps(whole)
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=expected) as caught:
+        load_model(str(path.parent))
+    assert "\n" not in str(caught.value)
+
+
+def test_nan_in_the_weights_is_named(tmp_path: Path) -> None:
+    model, tok = FAMILIES["llama"].build()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0] = float("nan")
+    model.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"layer 1 .* NaN or infinity"):
+        load_model(str(tmp_path))
 
 
 def test_remote_code_is_off_unless_asked(tmp_path: Path) -> None:
