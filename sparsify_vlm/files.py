@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsify_vlm.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,6 +38,33 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync(path.parent)
+
+
+def check_output(flag: str, name: str, replaceable: Callable[[str], bool]) -> None:
+    """Raise `UserError`, before any work, unless the file `name` can be written.
+
+    One that is there must be empty or, by its text, `replaceable`: a slip of the hand on the
+    command line must not cost a dataset or a checkpoint.
+    """
+    path = Path(name)
+    if not name or path.is_dir():
+        raise UserError(f"{flag} '{name}' is a folder: give the name of a file")
+    if path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if text and not replaceable(text):
+            raise UserError(f"{flag} {name} is there and holds something else: give another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {name}: {path.parent} cannot be written to")
+
+
+def has_format(text: str, format: str) -> bool:
+    """Whether `text` is a JSON object of this format."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and value.get("format") == format
 
 
 def write_text(path: Path, text: str) -> None:

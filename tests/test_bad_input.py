@@ -177,6 +177,14 @@ def test_estimate_of_no_model(refused: Check, tmp_path: Path) -> None:
     refused(line, "nobody/nothing", "tiny-llava", kept=tmp_path)
 
 
+def test_estimate_does_not_replace_other_files(refused: Check, shelf: Path, out: Path) -> None:
+    line = ["estimate", shelf / "llama", "--cross_layer", "2", "--output"]
+    refused([*line, out / "mine" / "notes.txt"], "notes.txt")
+    refused([*line, out], "folder")
+    for _ in range(2):  # its own it may
+        assert main([str(token) for token in [*line, out / "estimate.json"]]) == 0
+
+
 # ---- images
 
 

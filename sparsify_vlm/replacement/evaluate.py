@@ -13,7 +13,6 @@ Sums are kept, never activations. docs/evaluate.md defines every figure.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
@@ -26,7 +25,7 @@ from torch import Tensor
 from sparsify_vlm.coders import load_clt
 from sparsify_vlm.data import DataConfig, EncodedBatch, batches, open_samples, prefetched
 from sparsify_vlm.errors import UserError
-from sparsify_vlm.files import write_json, write_text
+from sparsify_vlm.files import check_output, has_format, write_json, write_text
 from sparsify_vlm.models import ROLE_NAMES, Role, TokenTable, load_model, record_tokens
 from sparsify_vlm.progress import Progress
 from sparsify_vlm.replacement.ablation import Ablation
@@ -84,33 +83,20 @@ def evaluate(cfg: EvaluateConfig) -> Figures:
 
 def _check_outputs(cfg: EvaluateConfig) -> None:
     """Refuse, before any work, files that cannot be written or hold something else."""
-    files = {"--output": cfg.output}
+    check_output("--output", cfg.output, lambda text: has_format(text, FORMAT))
     if cfg.answers is not None:
-        files["--answers"] = cfg.answers
-    for flag, name in files.items():
-        path = Path(name)
-        if not name or path.is_dir():
-            raise UserError(f"{flag} '{name}' is a folder: give the name of a file")
-        if path.is_file() and not _is_evaluation(path):
-            raise UserError(f"{flag} {name} is there and no evaluation: give another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise UserError(f"{flag} {name}: {path.parent} cannot be written to")
-    if len(files) > len({Path(name).resolve() for name in files.values()}):
-        raise UserError(f"--output and --answers are both {cfg.output}: give two files")
+        check_output("--answers", cfg.answers, _are_answers)
+        if Path(cfg.output).resolve() == Path(cfg.answers).resolve():
+            raise UserError(f"--output and --answers are both {cfg.output}: give two files")
 
 
-def _is_evaluation(path: Path) -> bool:
-    """Whether `path` is empty or was written by `evaluate`: figures, or a line per answer."""
-    text = path.read_text(encoding="utf-8", errors="replace")
+def _are_answers(text: str) -> bool:
+    """Whether `text` is what `--answers` writes."""
     try:
-        found = json.loads(text.partition("\n")[0] if text.startswith('{"') else text or "{}")
+        line = json.loads(text.partition("\n")[0])
     except ValueError:
         return False
-    ours = isinstance(found, dict) and (
-        found.get("format") == FORMAT or {"truth", "answers", "right"} <= found.keys()
-    )
-    return not text or ours
+    return isinstance(line, dict) and {"truth", "answers", "right"} <= line.keys()
 
 
 def measure(model: VLMReplacementModel, cfg: EvaluateConfig, *, quiet: bool = False) -> Figures:

@@ -111,11 +111,13 @@ def estimate(cfg: EstimateConfig, *, probe: bool = True) -> Figures:
     """
     import torch
 
-    from sparsify_vlm.files import write_json
+    from sparsify_vlm.files import check_output, has_format, write_json
     from sparsify_vlm.models.skeleton import read_skeleton
     from sparsify_vlm.training.probe import measure_step
     from sparsify_vlm.training.tables import print_estimate
 
+    if cfg.output is not None:
+        check_output("--output", cfg.output, lambda text: has_format(text, FORMAT))
     device = _device(cfg.device, torch)
     source = {"revision": cfg.revision, "token": cfg.hf_token}
     skeleton = read_skeleton(cfg.model, **source, trust_remote_code=cfg.trust_remote_code)
