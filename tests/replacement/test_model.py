@@ -76,7 +76,7 @@ def dense(loaded, clt, *, drop=lambda s, t: False, own=()):
                 if layer == 0 and clt.cfg.target_offset:
                     spy = DenseSum(clt, layer, a, x, drop)
                     hook = block.mlp.register_forward_pre_hook(
-                        lambda m, args, spy=spy: spy(args[0]) and None
+                        lambda m, args, spy=spy: [spy(args[0]), None][1]
                     )
                     stack.callback(hook.remove)
                 continue
@@ -178,6 +178,25 @@ def test_ablations_leave_out_exactly_what_they_name(ablate, drop):
     found = model(ablate, **inputs).logits
     torch.testing.assert_close(found[here], expected[here], rtol=1e-4, atol=1e-4)
     assert (found - model(**inputs).logits)[here].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("ablate", "drop"),
+    [
+        (Ablation(cross=True), lambda s, t: t - s != 1),
+        (Ablation(reach=1), lambda s, t: t - s > 1),
+        (Ablation(), lambda s, t: False),
+    ],
+)
+def test_with_offset_one_the_first_target_is_the_next_layer(ablate, drop):
+    loaded = shared("llava")
+    clt, inputs = random_clt(loaded, target_offset=1), example(loaded)
+    with dense(loaded, clt, drop=drop):
+        expected = loaded.forward(inputs, logits=True).logits
+    model = VLMReplacementModel(loaded, clt, NOTHING)
+    here = present(loaded, inputs)
+    found = model(ablate, **inputs).logits
+    torch.testing.assert_close(found[here], expected[here], rtol=1e-4, atol=1e-4)
 
 
 def test_ablated_layers_keep_their_mlp_and_their_coders_go_on_writing():

@@ -105,6 +105,24 @@ def test_published_coders_are_the_averaged_weights_and_publishing_changes_nothin
         assert torch.equal(p, y)
 
 
+def test_what_a_model_draws_is_the_same_after_a_resume(tmp_path: Path) -> None:
+    """A model that draws from torch's own generator, as dropout does."""
+
+    def source() -> ToySource:
+        return ToySource(spoil=lambda _, batch: batch.x.add_(torch.randn(batch.x.shape)))
+
+    undisturbed = toy_trainer(toy_config(tmp_path / "a"), source())
+    undisturbed.fit()
+    cfg = toy_config(tmp_path / "b", save_every=1)
+    with pytest.raises(Killed):
+        toy_trainer(cfg, source(), on_step=killed_at(7)).fit()
+    torch.manual_seed(5)
+    resumed = toy_trainer(toy_config(tmp_path / "b", save_every=1, resume=True), source())
+    assert resumed.step == 6
+    resumed.fit()
+    assert_same_bits(everything(undisturbed), everything(resumed))
+
+
 def test_a_finished_run_says_so_and_publishes_again(tmp_path: Path) -> None:
     trainer = toy_trainer(toy_config(tmp_path))
     trainer.fit()
