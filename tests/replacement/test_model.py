@@ -67,18 +67,17 @@ class DenseSum(nn.Module):
 
 
 @contextmanager
-def dense(loaded, clt, *, drop=lambda s, t: False, own=()):
+def dense(loaded, clt, *, drop=lambda s, t: False):
     """The model with its MLP modules exchanged for `DenseSum`s, post-norms for the identity."""
     a, x = {}, {}
     with ExitStack() as stack:
         for layer, block in enumerate(loaded.stack._blocks):
-            if layer < clt.cfg.target_offset or layer in own:
-                if layer == 0 and clt.cfg.target_offset:
-                    spy = DenseSum(clt, layer, a, x, drop)
-                    hook = block.mlp.register_forward_pre_hook(
-                        lambda m, args, spy=spy: [spy(args[0]), None][1]
-                    )
-                    stack.callback(hook.remove)
+            if layer < clt.cfg.target_offset:
+                spy = DenseSum(clt, layer, a, x, drop)
+                hook = block.mlp.register_forward_pre_hook(
+                    lambda m, args, spy=spy: [spy(args[0]), None][1]
+                )
+                stack.callback(hook.remove)
                 continue
             scale = block.scale
 
