@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsify_vlm.data import ActivationStore, EncodedBatch, batches, open_samples, prefetched
-from sparsify_vlm.data.capture import CaptureConfig, capture
+from sparsify_vlm.data.capture import CaptureConfig, batch_size, capture
 from sparsify_vlm.models import LoadedModel, load_model
 
 Times = tuple[float, float]
@@ -61,6 +61,7 @@ def main() -> None:
         batch_size=args.batch_size,
         quiet=True,
     )
+    cfg.batch_size = batch_size(cfg, loaded, list(range(loaded.stack.n_layers)))
     try:
         times = measure(cfg, loaded, args.rounds)
         report(cfg, times, ActivationStore(cfg.output_dir), args.threads)
@@ -117,6 +118,7 @@ def report(
 
 
 def _encoded(cfg: CaptureConfig, loaded: LoadedModel) -> Iterator[EncodedBatch]:
+    assert cfg.batch_size is not None
     return batches(open_samples(cfg, loaded), loaded, cfg.batch_size, cfg.ctx_len)
 
 
@@ -135,7 +137,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="tiny-llava")
     parser.add_argument("--dataset", default="shapes")
     parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--batch_size", type=int, help="default: capture's own")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", help="where the store is written; default: a temporary folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DECODING_THREADS = 8
+TURN = 2e-4
+"""Seconds after which one of Python's threads may interrupt another while batches are made."""
 
 
 def batches(
@@ -93,7 +96,8 @@ def prefetched(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
     """The same items, up to `depth` of them made ahead in a thread.
 
     An exception in `items` is raised here at its place. Closing this iterator ends the thread and
-    waits for the item that it is making.
+    waits for the item that it is making. Meanwhile Python's threads take turns more often: a model
+    gives the interpreter away with every operation, and would wait 5 ms each to get it back.
     """
     ready: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(depth)
     closed = threading.Event()
@@ -119,6 +123,8 @@ def prefetched(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
                 items.close()
 
     worker = threading.Thread(target=work, daemon=True, name="prefetch")
+    turns = sys.getswitchinterval()
+    sys.setswitchinterval(min(turns, TURN))
     worker.start()
     try:
         while True:
@@ -133,3 +139,4 @@ def prefetched(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
         closed.set()
         # Ending the interpreter while the thread is inside a native library would abort it.
         worker.join()
+        sys.setswitchinterval(turns)

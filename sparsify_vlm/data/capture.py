@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 64 << 20
 """Size of a shard's two files together, unless --shard_tokens says otherwise."""
+BATCH_BYTES, BATCH_MOST, SAMPLE_TOKENS = 4 << 30, 64, 1024
+"""What the default of --batch_size is made of."""
 SITES = ("mlp_in", "resid_mid")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -65,8 +67,9 @@ class CaptureConfig(DataConfig):
     layers: list[int] = field(default_factory=list)
     """Layers to capture, by number, instead of --hookpoints."""
 
-    batch_size: int = 8
-    """Samples that the model sees at a time."""
+    batch_size: int | None = None
+    """Samples that the model sees at a time. Default: as many as keep x and y of 1,024 tokens each
+    within 4 GiB, at most 64."""
 
     shard_tokens: int | None = None
     """Tokens per shard; the batch that reaches them is its last. Default: as many as fill 64 MiB.
@@ -157,7 +160,7 @@ def _run(
     from sparsify_vlm.data.batching import prefetched
     from sparsify_vlm.progress import Progress
 
-    encoded = _encoded(cfg, loaded, source, writer.batches)
+    encoded = _encoded(cfg, batch_size(cfg, loaded, layers), loaded, source, writer.batches)
     done = writer.samples + len(writer.skipped)
     bar = Progress("Capturing", source.size, unit="samples", initial=done, quiet=cfg.quiet)
     with bar, closing(prefetched(encoded)) as ahead:
@@ -168,13 +171,13 @@ def _run(
 
 
 def _encoded(
-    cfg: CaptureConfig, loaded: LoadedModel, source: SampleSource, start: int
+    cfg: CaptureConfig, size: int, loaded: LoadedModel, source: SampleSource, start: int
 ) -> Iterator[tuple[EncodedBatch, list[str]]]:
     """The batches from number `start` on, each with the samples that it had to leave out."""
     from sparsify_vlm.data.batching import batches
 
     known = 0
-    for batch in batches(source, loaded, cfg.batch_size, cfg.ctx_len, start=start):
+    for batch in batches(source, loaded, size, cfg.ctx_len, start=start):
         bad = source.bad
         yield batch, bad[known:]
         known = len(bad)
@@ -269,6 +272,14 @@ def _n_targets(cfg: CaptureConfig, n_layers: int) -> int:
     return min(cfg.n_targets or most, most)
 
 
+def batch_size(cfg: CaptureConfig, loaded: LoadedModel, layers: list[int]) -> int:
+    """`--batch_size`, or its default for this model and these layers."""
+    if cfg.batch_size is not None:
+        return cfg.batch_size
+    per_token = 2 * len(layers) * loaded.stack.d_model * loaded.dtype.itemsize
+    return min(max(1, BATCH_BYTES // (SAMPLE_TOKENS * per_token)), BATCH_MOST)
+
+
 def _default_shard_tokens(cfg: CaptureConfig, loaded: LoadedModel, layers: list[int]) -> int:
     import torch
 
@@ -304,7 +315,7 @@ def _manifest(
         "x_layers": every,
         "y_layers": every,
         "bos_token_id": loaded.tokenizer.bos_token_id,
-        "batch_size": cfg.batch_size,
+        "batch_size": batch_size(cfg, loaded, layers),
         "shard_tokens": cfg.shard_tokens or _default_shard_tokens(cfg, loaded, layers),
     }
 
