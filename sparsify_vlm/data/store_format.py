@@ -104,6 +104,9 @@ def _check_fields(path: Path, manifest: Mapping[str, Any]) -> None:
     for name, kind in (("hookpoints", str), ("x_layers", int), ("y_layers", int)):
         value = manifest.get(name)
         good[name] = isinstance(value, list) and all(type(v) is kind for v in value)
+    for name in ("x_layers", "y_layers"):
+        layers = range(len(manifest["hookpoints"])) if good["hookpoints"] else ()
+        good[name] = good[name] and all(layer in layers for layer in manifest[name])
     sites = manifest.get("sites")
     good["sites"] = isinstance(sites, dict) and {"x", "y"} <= sites.keys()
     for name, kind in (("model", str), ("revision", str), ("bos_token_id", int)):

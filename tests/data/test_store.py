@@ -178,6 +178,7 @@ def test_lost_lines_are_noticed(folder: Path) -> None:
         ({"d_model": "8"}, "its d_model is '8'"),
         ({"sites": 5}, "its sites is 5"),
         ({"x_layers": ["a"]}, "its x_layers is"),
+        ({"y_layers": [0, LAYERS]}, "its y_layers is"),
         ({"bos_token_id": "<s>"}, "its bos_token_id is '<s>'"),
     ],
 )
