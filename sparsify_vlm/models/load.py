@@ -16,6 +16,7 @@ from sparsify_vlm.aliases import EMBEDDED, HUB_ALIASES
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.hub import offline_if_unreachable
 from sparsify_vlm.models.hub_errors import WAY_OUT, explained
+from sparsify_vlm.models.memory import keep_freed_memory
 from sparsify_vlm.models.processors import load_processor
 from sparsify_vlm.models.resolve import is_multimodal, resolve_stack
 from sparsify_vlm.models.stack import Stack
@@ -121,6 +122,8 @@ def load_model(
     - `revision`, `trust_remote_code`, `token`: as in transformers; remote code is off unless asked.
     - `load_in_8bit`: quantise the weights with bitsandbytes.
 
+    On a CPU, glibc is told to keep what is freed (`keep_freed_memory`), for the whole process.
+
     Raises `UserError`, one line, when the model cannot be had or cannot be used.
     """
     source = {
@@ -129,6 +132,8 @@ def load_model(
         "token": token,
     }
     where = usable_device(device)
+    if where.startswith("cpu"):
+        keep_freed_memory()
     path = ALIASES.get(name_or_path, name_or_path)
     if not Path(path).is_dir():
         offline_if_unreachable()
