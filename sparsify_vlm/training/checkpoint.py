@@ -40,6 +40,7 @@ class RunFolder:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self._sheet, self._states = path / "run.json", path / "resume"
+        self._replaced = path / ".replaced"
 
     # ---- opening
 
@@ -49,6 +50,7 @@ class RunFolder:
         Raises `UserError` for a folder that holds anything else, which stays untouched.
         """
         settings = json.loads(json.dumps(settings))
+        self.undo_overwrite()  # of a run that was killed before its first state
         if self._is_empty():
             if resume:
                 print(f"{self.path} has no run to resume; starting one")
@@ -56,7 +58,7 @@ class RunFolder:
         if self._failed_at_once() and not resume:
             return self._start(settings)
         if overwrite:
-            self._remove_run()
+            self._set_aside()
             return self._start(settings)
         if not resume:
             raise UserError(
@@ -96,16 +98,33 @@ class RunFolder:
             raise UserError(f"{self._sheet} does not say the run's settings: it is damaged")
         return sheet
 
-    def _remove_run(self) -> None:
-        """Delete what a run writes, and nothing else that may lie there."""
+    def _parts(self) -> list[Path]:
+        """What a run writes, and nothing else that may lie here."""
+        coders = [p for p in self.path.iterdir() if (p / "sae.safetensors").is_file()]
+        files = [self.path / name for name in ("metrics.jsonl", "clt.json", "run.json")]
+        return [
+            part
+            for part in (self._states, *coders, *self.path.glob("events.out.tfevents.*"), *files)
+            if part.exists()
+        ]
+
+    def _set_aside(self) -> None:
+        """Move the run that is to be overwritten away, until the new one has a state."""
         self._read_sheet()
-        shutil.rmtree(self._states, ignore_errors=True)
-        for folder in [p for p in self.path.iterdir() if (p / "sae.safetensors").is_file()]:
-            shutil.rmtree(folder)
-        for events in self.path.glob("events.out.tfevents.*"):
-            events.unlink()
-        for name in ("metrics.jsonl", "clt.json", "run.json"):
-            (self.path / name).unlink(missing_ok=True)
+        self._replaced.mkdir()
+        for part in self._parts():
+            os.replace(part, self._replaced / part.name)
+
+    def undo_overwrite(self) -> None:
+        """Put back a run that was to be overwritten, if the new one has no state yet."""
+        if not self._replaced.is_dir() or self._saved():
+            return
+        for part in self._parts():
+            if (self._replaced / part.name).exists():
+                _remove(part)
+        for part in list(self._replaced.iterdir()):
+            os.replace(part, self.path / part.name)
+        self._replaced.rmdir()
 
     @property
     def id(self) -> str:
@@ -126,6 +145,8 @@ class RunFolder:
             _write_state(final, {**plain, "step": step}, tensors)
         for path in older:
             shutil.rmtree(path)
+        if self._replaced.exists():
+            shutil.rmtree(self._replaced)
 
     def last_step(self) -> int | None:
         """The step of the last state; None if there is none."""
@@ -164,6 +185,13 @@ class RunFolder:
         temporary = self.metrics.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.metrics)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _write_state(final: Path, plain: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -101,7 +101,8 @@ class TrainConfig(upstream.TrainConfig):
     """Continue the run of this name exactly where its last checkpoint stands."""
 
     overwrite: bool = False
-    """Delete the run of this name and start anew."""
+    """Start anew in the place of the run of this name, which is deleted when the new one has saved
+    for the first time."""
 
     log_to_wandb: bool = False
     """Log to Weights & Biases (`pip install 'sparsify-vlm[log]'`)."""

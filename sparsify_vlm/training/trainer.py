@@ -132,6 +132,8 @@ class Trainer:
         finally:
             if metrics is not None:
                 metrics.close()
+            if self.world.is_first:
+                self.run.undo_overwrite()
 
     def _loop(self, metrics: Metrics | None, progress: Progress) -> None:
         batches = self._numbered_batches()

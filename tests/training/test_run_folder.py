@@ -42,8 +42,34 @@ def test_a_foreign_folder_is_not_written_over_even_when_asked(tmp_path: Path) ->
 def test_overwrite_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     toy_trainer(toy_config(tmp_path)).fit()
     (tmp_path / "unnamed" / "notes.txt").write_text("mine")
-    toy_trainer(toy_config(tmp_path, overwrite=True))
-    assert set(contents(tmp_path)) == {"unnamed/notes.txt", "unnamed/run.json"}
+    first = contents(tmp_path)
+    toy_trainer(toy_config(tmp_path, overwrite=True, max_steps=7)).fit()
+    second = contents(tmp_path)
+    assert second.pop("unnamed/notes.txt") == b"mine"
+    assert not any(".replaced" in name for name in second)
+    assert second["unnamed/metrics.jsonl"] != first["unnamed/metrics.jsonl"]
+    assert [name for name in second if "resume/step-" in name and "00000012" in name] == []
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_overwriting_ends_before_it_has_saved(tmp_path: Path, killed: bool) -> None:
+    toy_trainer(toy_config(tmp_path)).fit()
+    before = contents(tmp_path)
+
+    def stop(line: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    trainer = toy_trainer(toy_config(tmp_path, overwrite=True), on_step=stop)
+    assert "unnamed/clt.json" not in contents(tmp_path)
+    if killed:  # nothing of the process's own cleaning up runs; the next command finds the rest
+        trainer.run.undo_overwrite = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    if killed:
+        assert contents(tmp_path) != before
+        with pytest.raises(UserError, match="holds a run already"):
+            toy_trainer(toy_config(tmp_path))
+    assert contents(tmp_path) == before
 
 
 def test_resume_with_other_settings_names_the_field(tmp_path: Path) -> None:
