@@ -179,6 +179,7 @@ def _train_config(
         optimizer="adam",
         lr=cfg.lr,
         lr_warmup_steps=20,
+        dead_feature_threshold=100_000,
         init_seeds=[cfg.seed],
         log_every=5,
         save_every=cfg.steps,

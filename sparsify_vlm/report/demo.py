@@ -201,7 +201,8 @@ def _commands(settings: dict[str, Any]) -> list[str]:
         f"--data_args size={s['train_scenes']} --n_targets 8 --output_dir activations",
         "python -m sparsify tiny-llava --transcode --cross_layer 8 --activations activations "
         f"--num_latents {s['num_latents']} --k {s['k']} --optimizer adam --lr {s['lr']:g} "
-        f"--lr_warmup_steps 20 --batch_tokens {s['batch_tokens']} --max_steps {s['steps']} "
+        "--lr_warmup_steps 20 --dead_feature_threshold 100000 "
+        f"--batch_tokens {s['batch_tokens']} --max_steps {s['steps']} "
         "--epochs 1000 --run_name clt",
         "sparsify-vlm evaluate checkpoints/clt shapes --split heldout",
     ]
