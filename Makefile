@@ -30,6 +30,7 @@ test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 bench: $(VENV)/.base
+	$(BIN)/python scripts/bench_step.py --size tiny
 	$(BIN)/python scripts/bench_capture.py
 
 clean:
