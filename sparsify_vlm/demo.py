@@ -72,7 +72,7 @@ class DemoConfig:
     """Adam's learning rate at its peak."""
 
     seed: int = 0
-    """Seed of the coders' initial weights and of the order of the tokens."""
+    """Seed of the coders' initial weights."""
 
     keep_activations: bool = False
     """Keep the captured activations (about 3 KB a token) when the demo is done."""

@@ -142,7 +142,7 @@ def test_layers_and_batches_in_numerical_order(tmp_path: Path) -> None:
 def test_copies_that_differ_are_refused(tmp_path: Path) -> None:
     src = write(tmp_path / "src")
     path = src / "L1" / "batch_1_y.pt"
-    y = torch.load(path)
+    y = torch.load(path, weights_only=True)
     y[0, 1, 2, 3] += 1e-3
     torch.save(y, path)
     with pytest.raises(UserError, match=r"L1/batch_1_y.pt and .*L0/batch_1_y.pt differ .* layer 2"):
