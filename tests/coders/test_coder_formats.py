@@ -362,3 +362,12 @@ def test_a_full_disk_leaves_the_old_checkpoint(saved, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_clt(make(layers=3, n_targets=2), saved)
     assert before == {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^runs/demo/cltt: no such checkpoint folder$"):
+        load_clt("runs/demo/cltt")

@@ -52,7 +52,8 @@ def _local_folder(path_or_hub_id: str | Path) -> Path:
     if path.is_dir():
         return path
     parts = str(path_or_hub_id).split("/")
-    if path.exists() or len(parts) < 2 or not all(parts) or parts[0] in (".", ".."):
+    local = path.exists() or path.parent.is_dir() or parts[0] in (".", "..")
+    if local or len(parts) < 2 or not all(parts):
         raise UserError(f"{path_or_hub_id}: no such checkpoint folder")
     return _downloaded("/".join(parts[:2]), "/".join(parts[2:]))
 
