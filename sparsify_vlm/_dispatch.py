@@ -33,6 +33,7 @@ KINDS: dict[str, Kind] = {
         (
             *("h", "help", "debug", "transcode", "skip_connection", "normalize_decoder"),
             *("multi_topk", "post_encoder_scale", "train_post_encoder", "filter_bos"),
+            "bf16_moments",
             *("remove_first_token", "distribute_modules", "save_best", "resume", "overwrite"),
             *("log_to_wandb", "log_to_tensorboard", "log_to_trackio", "load_in_8bit"),
             *("trust_remote_code", "skip_bad", "streaming"),

@@ -29,7 +29,7 @@ from torch import Tensor
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.files import write_json, write_tensors
 
-RUN_FORMAT, STATE_FORMAT, VERSION = "sparsify-vlm run", "sparsify-vlm resume state", 1
+RUN_FORMAT, STATE_FORMAT, VERSION = "sparsify-vlm run", "sparsify-vlm resume state", 2
 _STATE = re.compile(r"step-(\d{8,})")
 
 

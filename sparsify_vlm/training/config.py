@@ -97,6 +97,9 @@ class TrainConfig(upstream.TrainConfig):
     remove_first_token: bool = False
     """Leave the first token of every sample out, whatever it is."""
 
+    bf16_moments: bool = False
+    """Keep Adam's two moments in bfloat16: 4 bytes per parameter instead of 8."""
+
     resume: bool = False
     """Continue the run of this name exactly where its last checkpoint stands."""
 

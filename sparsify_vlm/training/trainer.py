@@ -198,7 +198,8 @@ class Trainer:
         if figures.tokens:  # none where every sample was bad: nothing to learn from
             if self._unit_norm_decoders:
                 self.clt.remove_gradient_parallel_to_decoder_directions()
-            lr = self.optimizers.step(self.step)
+            lr = self.optimizers.begin(self.step)
+            self.optimizers.finish()
         self.clt.zero_grad()
         self.step += 1
         self.clock.tokens += figures.tokens

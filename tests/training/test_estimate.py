@@ -80,7 +80,8 @@ def test_optimizer_states_are_those_the_optimizer_has_after_a_step(optimizer):
     optimizers = Optimizers(parameters, settings, cfg.num_latents, total=10)
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
-    optimizers.step(1)
+    optimizers.begin(1)
+    optimizers.finish()
     held = sum(t.numel() * 4 for t in optimizers.state()[0].values() if t.numel() > 1)
     assert footprint(job(cfg, optimizer=optimizer)).optimizer == held
 

@@ -51,7 +51,8 @@ def test_signum_steps_by_the_sign_and_publishes_the_mean_of_its_iterates(tmp_pat
     signs = [(1, -1, 0), (1, 1, -1), (-1, 1, -1)]
     for step, sign in enumerate(signs):
         weight.grad = torch.tensor(sign, dtype=torch.float64) * 7
-        optimizers.step(step)
+        optimizers.begin(step)
+        optimizers.finish()
     iterates = start - 0.1 * torch.tensor(signs, dtype=torch.float64).cumsum(0)
     with optimizers.published():
         torch.testing.assert_close(weight.detach(), iterates.mean(0))
@@ -65,7 +66,8 @@ def test_muon_takes_matrices_and_adam_vectors(tmp_path: Path) -> None:
     optimizers = Optimizers([matrix, vector], cfg, 32, 10)
     matrix.grad, vector.grad = torch.randn(6, 4), torch.randn(4)
     sign = vector.grad.sign()
-    optimizers.step(0)
+    optimizers.begin(0)
+    optimizers.finish()
     # Newton-Schulz makes the update nearly orthogonal: singular values near lr · 0.2 · √6.
     singular = torch.linalg.svdvals(matrix.detach()) / (0.1 * 0.2 * 6**0.5)
     assert ((singular > 0.5) & (singular < 1.5)).all()
