@@ -36,7 +36,7 @@ def test_sources_and_targets_are_each_other_s_inverse(n_targets, offset):
         ({"k": 0}, "--k 0"),
         ({"n_targets": 0}, "n_targets is 0"),
         ({"target_offset": 2}, "--target_offset 2"),
-        ({"activation": "batchtopk"}, "'batchtopk' is not supported"),
+        ({"activation": "gelu"}, "'gelu' is not supported"),
         ({"transcode": False, "n_targets": 2}, "need --transcode"),
         ({"input_site": "attn"}, "input_site 'attn'"),
         ({"layers": 1, "target_offset": 1}, "single layer"),
