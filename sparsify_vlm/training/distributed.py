@@ -19,10 +19,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparsify_vlm.errors import UserError
+from sparsify_vlm.training.parallel_watch import Watch
 
 SETUP_TIMEOUT = timedelta(hours=6)
-"""How long processes wait for each other: one may have to download the model for all."""
+"""How long processes wait for each other: one may have to download the model for all. That they
+are there is seen to by the watch, within seconds."""
+
+# How mpirun (Intel's and MPICH's, Open MPI's) says what torchrun says in the first of each row;
+# `accelerate launch --mpirun_hostfile` leaves it at that.
+_MPI_NAMES = {
+    "RANK": ("PMI_RANK", "OMPI_COMM_WORLD_RANK"),
+    "WORLD_SIZE": ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"),
+    "LOCAL_RANK": ("MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "LOCAL_WORLD_SIZE": ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,8 @@ class World:
     size: int = 1
     device: torch.device | None = None
     """The CUDA device torchrun gave this process; None: none, or a single process."""
+    watch: Watch | None = None
+    """What ends this process when another one is gone; None for a single process."""
 
     @property
     def is_first(self) -> bool:
@@ -78,47 +90,79 @@ class World:
             self.barrier()
         return made
 
+    def resumes_from(self, last_step: Callable[[], int | None]) -> None:
+        """Have the line that ends the run say from which step it can be resumed."""
+        if self.watch is not None:
+            self.watch.last_step = last_step
+
     @contextmanager
     def _losing_others(self) -> Iterator[None]:
         """Turn torch's account of a broken connection into one line."""
         try:
             yield
         except RuntimeError as error:  # DistBackendError and gloo's own errors
-            raise UserError(
-                f"process {self.rank} of {self.size} lost the others: one of them ended first and "
-                f"has said why ({str(error).strip().splitlines()[0]}). "
-                "--resume continues from the last checkpoint"
-            ) from error
+            if self.watch is None:
+                raise
+            self.watch.connection_broke(error)
 
 
 @contextmanager
 def joined_world() -> Iterator[World]:
-    """The `World` torchrun describes in the environment, joined for the duration.
+    """The `World` that torchrun, `accelerate launch` or mpirun describes in the environment, joined
+    for the duration.
 
-    Uses NCCL where every process has a CUDA device, gloo otherwise. Without torchrun, or within a
+    Uses NCCL where every process has a CUDA device, gloo otherwise. Without a launcher, or within a
     process group that is already there, nothing is set up or torn down.
     """
     if dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size(), _device())
         return
+    _take_mpi_names()
     if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
     device = _device()
     if device is not None:
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "gloo" if device is None else "nccl", timeout=SETUP_TIMEOUT, device_id=device
-    )
-    yield World(dist.get_rank(), dist.get_world_size(), device)
-    # Not after an exception: the closing connection tells the others, an orderly end would wait.
-    dist.barrier()
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    with Watch(rank, size, _store_of_watch) as watch:
+        world = World(rank, size, device, watch)
+        with world._losing_others():
+            dist.init_process_group(
+                "gloo" if device is None else "nccl", timeout=SETUP_TIMEOUT, device_id=device
+            )
+        yield world
+        # Not after an exception: the others know by then, an orderly end would wait for them.
+        world.barrier()
     dist.destroy_process_group()
+
+
+def _store_of_watch() -> dist.Store:
+    """A connection of its own to the store that the launcher, or process 0, holds."""
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=SETUP_TIMEOUT,
+        wait_for_workers=False,
+    )
+    return dist.PrefixStore(f"watch {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _take_mpi_names() -> None:
+    """Set torchrun's variables from mpirun's where a launcher has set only those."""
+    if "RANK" in os.environ or "MASTER_ADDR" not in os.environ:
+        return
+    for name, others in _MPI_NAMES.items():
+        for value in filter(None, map(os.environ.get, others)):
+            os.environ[name] = value
 
 
 def _device() -> torch.device | None:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not torch.cuda.is_available() or torch.cuda.device_count() < here:
+    refused = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if refused or not torch.cuda.is_available() or torch.cuda.device_count() < here:
         return None
     return torch.device("cuda", local_rank)

@@ -57,6 +57,7 @@ def train(
         source, model = world.first_then_others(lambda: _source(cfg, data, run, loaded, world))
         clt = _coders(cfg, source, model)
         folder = RunFolder(Path(cfg.save_dir) / (cfg.run_name or "unnamed"))
+        world.resumes_from(folder.last_step)
         trainer = Trainer(cfg, clt, source, folder, world, quiet=quiet, on_step=on_step)
         trainer.settings = _settings(cfg, clt, source, trainer.total)
         world.first_then_others(lambda: _prepare(cfg, folder, trainer, world))
