@@ -5,9 +5,9 @@ One folder per layer that has a coder, named like its hookpoint, with `cfg.json`
 those of PyPI's sparsify, so that its `SparseCoder.load_from_disk` reads the folder. docs/formats.md
 lists every key.
 
-Read are also the fork's `per_source_tied`, `concat` and `per-layer` layouts where the coder they
-describe is a cross-layer transcoder as here: `concat` holds one table at the target, shared by all
-sources, `per-layer` one at the target with a block of rows for each source.
+Coders of the fork without `clt.json` are read with its meanings (docs/coders.md). A flag that has
+no effect there beside another one is dropped. `cfg.json` also holds what the fork has no field for:
+`activation` "jumprelu", which it refuses, and the JumpReLU's bandwidth.
 """
 
 from __future__ import annotations
@@ -18,18 +18,39 @@ from typing import Any
 
 import torch
 from natsort import natsorted
-from torch import Tensor, nn
 
 from sparsify_vlm.coders.clt import Clt
-from sparsify_vlm.coders.config import CltConfig
+from sparsify_vlm.coders.config import COALESCE, CltConfig
 from sparsify_vlm.coders.formats.checked import CheckedTensors, read_json
+from sparsify_vlm.coders.formats.eleuther_tensors import (
+    is_numbered,
+    is_plain,
+    layer_tensors,
+    read_layer,
+    target_key,
+)
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.files import write_json, write_tensors
 
 DESCRIPTION = "hookpoint folders with cfg.json and sae.safetensors"
 FORMAT, VERSION = "sparsify-vlm clt", 1
 SHEET, CFG, TENSORS = "clt.json", "cfg.json", "sae.safetensors"
-SAME_IN_EVERY_LAYER = ("d_in", "num_latents", "k", "transcode", "skip_connection")
+VARIANTS = {
+    "coalesce_topk": "none",
+    "topk_coalesced": False,
+    "per_source_tied": False,
+    "secondary_target_tied": False,
+    "divide_cross_layer": False,
+    "normalize_io": False,
+}
+"""Fields of the fork that PyPI's sparsify lacks, with their defaults."""
+
+SAME_IN_EVERY_LAYER = (
+    *("d_in", "num_latents", "k", "transcode", "skip_connection", "activation"),
+    *("post_encoder_scale", *VARIANTS),
+)
+JUMPRELU = ("jumprelu_bandwidth", "jumprelu_init_threshold")
+READ_ACTIVATIONS = ("topk", "batchtopk", "groupmax", "jumprelu")
 
 
 def recognises(folder: Path) -> bool:
@@ -53,14 +74,6 @@ class _Stored:
     config: CltConfig
     has_sheet: bool
 
-    @property
-    def layout(self) -> str:
-        return self.cfgs[0].get("coalesce_topk", "none")
-
-    @property
-    def per_source_tied(self) -> bool:
-        return bool(self.cfgs[0].get("per_source_tied", False))
-
 
 def load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> Clt:
     """Read a checkpoint folder, layer by layer."""
@@ -72,11 +85,8 @@ def load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) ->
         dtype = files[0].dtype("encoder.weight") if "encoder.weight" in files[0].keys else None
     clt = Clt(config, device, dtype or torch.float32)
     with torch.no_grad():
-        for s, file in enumerate(files):
-            _read_layer(clt, s, file, stored)
-        if stored.layout in ("concat", "per-layer"):
-            for t, file in enumerate(files):
-                _read_coalesced_decoder(clt, t, file, stored.layout)
+        for s, (file, cfg) in enumerate(zip(files, stored.cfgs, strict=True)):
+            read_layer(clt, s, file, cfg.get("n_sources"))
     return clt
 
 
@@ -151,18 +161,27 @@ def _check_agreement(folders: list[Path], cfgs: list[dict[str, Any]]) -> None:
 
 
 def _refuse_unsupported(path: Path, cfg: dict[str, Any]) -> None:
-    layout = cfg.get("coalesce_topk", "none")
+    layout, activation = cfg.get("coalesce_topk", "none"), cfg.get("activation", "topk")
     refused = {
-        "normalize_io": bool(cfg.get("normalize_io")),
-        "divide_cross_layer": bool(cfg.get("divide_cross_layer")),
-        "topk_coalesced": bool(cfg.get("topk_coalesced")),
-        "secondary_target_tied": bool(cfg.get("secondary_target_tied")),
-        f"coalesce_topk '{layout}'": layout not in ("none", "concat", "per-layer"),
-        f"activation '{cfg.get('activation')}'": cfg.get("activation", "topk") != "topk",
+        f"coalesce_topk '{layout}'": layout not in COALESCE,
+        f"activation '{activation}'": activation not in READ_ACTIVATIONS,
     }
     for name, used in refused.items():
         if used:
-            raise UserError(f"{path}: coders with {name} cannot be read yet")
+            raise UserError(f"{path}: coders with {name} cannot be read here")
+
+
+def _variants(cfg: dict[str, Any]) -> dict[str, Any]:
+    """The fork's flags, without those that do nothing there beside others."""
+    flags = {name: cfg.get(name, default) for name, default in VARIANTS.items()}
+    coalesced = flags["coalesce_topk"] != "none"
+    without_effect = {
+        "coalesce_topk": not cfg.get("transcode"),  # an autoencoder's decoder is its own anyway
+        "topk_coalesced": not cfg.get("transcode") or not coalesced,
+        "per_source_tied": coalesced,
+        "divide_cross_layer": coalesced,
+    }
+    return flags | {name: VARIANTS[name] for name, nothing in without_effect.items() if nothing}
 
 
 def _n_targets(cfg: dict[str, Any]) -> int:
@@ -181,15 +200,18 @@ def _clt_config(
     num_latents = int(
         cfg.get("num_latents") or d_model * int(_field(cfg, "expansion_factor", path))
     )
-    k = int(_field(cfg, "k", path))
-    return CltConfig(
+    k, variants = int(_field(cfg, "k", path)), _variants(cfg)
+    activation = cfg.get("activation", "topk")
+    if activation == "topk" and k == num_latents and not variants["topk_coalesced"]:
+        activation = "relu"
+    values = dict(
         d_model=d_model,
         hookpoints=hookpoints,
         num_latents=num_latents,
         k=k,
         n_targets=int(sheet.get("n_targets", max(_n_targets(c) for c in cfgs))),
         target_offset=offset,
-        activation="relu" if k == num_latents else "topk",
+        activation=activation,
         transcode=bool(cfg.get("transcode", False)),
         skip_connection=bool(cfg.get("skip_connection", False)),
         train_post_encoder=bool(cfg.get("train_post_encoder", False)),
@@ -200,7 +222,13 @@ def _clt_config(
         model=sheet.get("model"),
         revision=sheet.get("revision"),
         training=sheet.get("training") or {},
+        **variants,
+        **{name: float(cfg[name]) for name in JUMPRELU if name in cfg},
     )
+    try:
+        return CltConfig(**values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _check_depths(folders: list[Path], cfgs: list[dict[str, Any]], config: CltConfig) -> None:
@@ -213,12 +241,6 @@ def _check_depths(folders: list[Path], cfgs: list[dict[str, Any]], config: CltCo
             )
 
 
-def _target_key(name: str, k: int, file: CheckedTensors) -> str:
-    """The key for target k: numbered, or for the first target also the single-target name."""
-    numbered = f"{name}s.{k}"
-    return name if k == 0 and numbered not in file.keys and name in file.keys else numbered
-
-
 def _post_encoder_wanted(stored: _Stored, files: list[CheckedTensors]) -> bool:
     """Whether post-encoder biases are part of the coder: trained on here, or not all zero."""
     if stored.has_sheet and stored.config.train_post_encoder:
@@ -228,49 +250,8 @@ def _post_encoder_wanted(stored: _Stored, files: list[CheckedTensors]) -> bool:
         bool(file.read(key, shape).any())
         for s, file in enumerate(files)
         for k in range(len(stored.config.targets(s)))
-        if (key := _target_key("post_enc", k, file)) in file.keys
+        if (key := target_key("post_enc", k, file)) in file.keys
     )
-
-
-def _read_layer(clt: Clt, s: int, file: CheckedTensors, stored: _Stored) -> None:
-    cfg = clt.cfg
-    d, F = cfg.d_model, cfg.num_latents
-    clt.W_enc[s].copy_(file.read("encoder.weight", (F, d)))
-    clt.b_enc[s].copy_(file.read("encoder.bias", (F,)))
-    coalesced = stored.layout != "none"
-    for k, t in enumerate(cfg.targets(s)):
-        if not coalesced or k == 0:
-            clt.b_dec[t].add_(file.read(_target_key("b_dec", k, file), (d,)).to(clt.b_dec[t]))
-            if clt.W_skip is not None:
-                clt.W_skip[s][k].copy_(file.read(_target_key("W_skip", k, file), (d, d)))
-        if not coalesced:
-            _read_decoder(clt, s, k, file, stored.per_source_tied)
-        if clt.post_enc is not None and (key := _target_key("post_enc", k, file)) in file.keys:
-            clt.post_enc[s][k].copy_(file.read(key, (F,)))
-        if clt.post_scale is not None:
-            clt.post_scale[s][k].copy_(file.read(_target_key("post_enc_scale", k, file), (F,)))
-
-
-def _read_decoder(clt: Clt, s: int, k: int, file: CheckedTensors, tied: bool) -> None:
-    shape = (clt.cfg.num_latents, clt.cfg.d_model)
-    if tied and k > 0:
-        clt.W_dec[s][k] = clt.W_dec[s][0]
-    else:
-        clt.W_dec[s][k].copy_(file.read(_target_key("W_dec", k, file), shape))
-
-
-def _read_coalesced_decoder(clt: Clt, t: int, file: CheckedTensors, layout: str) -> None:
-    """Decoders kept at the target: one for all sources (`concat`), or one block of rows each."""
-    d, F = clt.cfg.d_model, clt.cfg.num_latents
-    sources = clt.cfg.sources(t)
-    if layout == "concat":
-        shared = nn.Parameter(file.read("W_dec", (F, d)).to(clt.W_enc[0]))
-        for s, k in sources:
-            clt.W_dec[s][k] = shared
-        return
-    table = file.read("W_dec", (len(sources) * F, d))
-    for block, (s, k) in enumerate(sources):
-        clt.W_dec[s][k].copy_(table[block * F : (block + 1) * F])
 
 
 # ---- writing
@@ -278,77 +259,39 @@ def _read_coalesced_decoder(clt: Clt, t: int, file: CheckedTensors, layout: str)
 
 def save(clt: Clt, folder: Path) -> Path:
     """Write the checkpoint; `clt.json` comes last, when every layer is there."""
-    if clt.cfg.activation == "jumprelu":
-        raise UserError(f"{folder}: this layout has no thresholds, JumpReLU coders cannot be saved")
     for s in clt.cfg.source_layers():
         child = folder / clt.cfg.hookpoints[s]
         metadata = {"format": "sparsify coder", "version": "1"}
-        write_tensors(child / TENSORS, _unshared(_layer_tensors(clt, s)), metadata)
-        write_json(child / CFG, _layer_cfg(clt, s))
+        write_tensors(child / TENSORS, layer_tensors(clt, s), metadata)
+        write_json(child / CFG, _layer_cfg(clt.cfg, s))
     write_json(folder / SHEET, _sheet(clt.cfg))
     return folder
 
 
-def is_single_target(clt: Clt) -> bool:
-    """Whether PyPI's sparsify can express these coders."""
-    most = max(len(clt.cfg.targets(s)) for s in clt.cfg.source_layers())
-    return most == 1 and clt.post_enc is None and clt.post_scale is None
-
-
-def _layer_tensors(clt: Clt, s: int) -> dict[str, Tensor]:
-    targets = clt.cfg.targets(s)
-    tensors: dict[str, Tensor] = {"encoder.weight": clt.W_enc[s], "encoder.bias": clt.b_enc[s]}
-    if is_single_target(clt):
-        tensors |= {"W_dec": clt.W_dec[s][0], "b_dec": clt.b_dec[targets[0]]}
-        return tensors | ({} if clt.W_skip is None else {"W_skip": clt.W_skip[s][0]})
-    for k, t in enumerate(targets):
-        # A target has one bias here and one per source in the fork, which sums them: the nearest
-        # source carries it.
-        tensors[f"W_decs.{k}"] = clt.W_dec[s][k]
-        tensors[f"b_decs.{k}"] = clt.b_dec[t] if k == 0 else torch.zeros_like(clt.b_dec[t])
-        zeros = torch.zeros_like(clt.b_enc[s])
-        tensors[f"post_encs.{k}"] = zeros if clt.post_enc is None else clt.post_enc[s][k]
-        if clt.post_scale is not None:
-            tensors[f"post_enc_scales.{k}"] = clt.post_scale[s][k]
-        if clt.W_skip is not None:
-            tensors[f"W_skips.{k}"] = clt.W_skip[s][k]
-    return tensors
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tied tables, which safetensors refuses to store under two names."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        result[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    return result
-
-
-def _layer_cfg(clt: Clt, s: int) -> dict[str, Any]:
-    cfg = clt.cfg
+def _layer_cfg(cfg: CltConfig, s: int) -> dict[str, Any]:
     values = {
-        "activation": "topk",
+        "activation": "topk" if cfg.activation == "relu" else cfg.activation,
         "expansion_factor": cfg.expansion_factor,
         "normalize_decoder": cfg.normalize_decoder,
         "num_latents": cfg.num_latents,
-        "k": cfg.k if cfg.activation == "topk" else cfg.num_latents,
+        "k": cfg.k,
         "multi_topk": False,
         "skip_connection": cfg.skip_connection,
         "transcode": cfg.transcode,
         "d_in": cfg.d_model,
     }
-    if is_single_target(clt):
-        return values
+    flags = {name: getattr(cfg, name) for name in VARIANTS}
+    if cfg.activation == "jumprelu":
+        values |= {name: getattr(cfg, name) for name in JUMPRELU}
+    if is_plain(cfg):
+        return values | {name: flags[name] for name in flags if flags[name] != VARIANTS[name]}
     targets = cfg.targets(s)
-    return values | {
-        "n_targets": len(targets),
-        "n_sources": len(cfg.sources(targets[0])),
+    numbers = {"n_targets": len(targets), "n_sources": len(cfg.sources(targets[0]))}
+    posts = {
         "train_post_encoder": cfg.train_post_encoder,
         "post_encoder_scale": cfg.post_encoder_scale,
-        "coalesce_topk": "none",
     }
+    return values | (numbers if is_numbered(cfg) else {}) | posts | flags
 
 
 def _sheet(cfg: CltConfig) -> dict[str, Any]:
