@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 def decoder_norms(clt: Clt, sigma: Sequence[float]) -> list[list[float | None]]:
     """Mean over latents of ‖W_{s→t}[i]‖ / σ_t, as [source layer][target layer].
 
+    W_{s→t} is all that a unit written by a latent adds to ŷ_t, in the units of y_t.
+
     Args:
         clt: a cross-layer transcoder of L layers.
         sigma: the standard deviation σ_t of each of the L targets.
@@ -28,6 +30,6 @@ def decoder_norms(clt: Clt, sigma: Sequence[float]) -> list[list[float | None]]:
     norms: list[list[float | None]] = [[None] * n_layers for _ in range(n_layers)]
     for target in range(n_layers):
         for source, k in clt.cfg.sources(target):
-            mean = clt.W_dec[source][k].detach().norm(dim=1).mean()
+            mean = clt.decoder_matrix(source, k).norm(dim=1).mean()
             norms[source][target] = float(mean / sigma[target])
     return norms

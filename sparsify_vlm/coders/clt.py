@@ -229,8 +229,12 @@ class Clt(nn.Module):
     def decoder_matrix(self, s: int, k: int) -> Tensor:
         """[F, d]: what a unit of u_{s,k} adds to ŷ_t, the sum over `tables` with all factors."""
         t = self.cfg.targets(s)[k]
-        total: Tensor = sum(self.tables(s, k)[1:], start=self.tables(s, k)[0])
-        return total * (self.write_factor(s, t) * self.out_scale(t))
+        first, *others = self.tables(s, k)
+        total = first.detach()
+        for W in others:
+            total = total + W
+        factor = self.write_factor(s, t) * self.out_scale(t)
+        return total if factor == 1 else total * factor
 
     def written_values(self, s: int, k: int, latents: Latents) -> Tensor:
         """u_{s,k} [T, K] before `topk_coalesced`: from activations to what decoders read."""
