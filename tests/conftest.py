@@ -14,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "disabled"
+# sparsify takes its Triton decoder wherever Triton can be imported, CPU tensors or not.
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
 # sparsify takes its Triton decoder because Triton can be imported, even for tensors on a CPU.
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,9 +1,10 @@
 """The joint loss over all layers and its gradient.
 
-    loss = Σ_t FVU_t,   FVU_t = Σ‖y_t − ŷ_t‖² / V_t,   V_t = Σ‖y_t − ȳ_t‖²   (sums over tokens)
+    loss = Σ_t FVU_t + penalties,  FVU_t = Σ‖y_t − ŷ_t‖² / V_t,  V_t = Σ‖y_t − ȳ_t‖²  (over tokens)
 
-`joint_loss` is the loss in plain differentiable torch. `forward_backward` computes the same loss
-and its gradient without autograd: with e_t = y_t − ŷ_t and G_t = −2 e_t / V_t the gradient of ŷ_t,
+`joint_loss` (loss.py) is the loss in plain differentiable torch. `forward_backward` computes the
+same loss and its gradient without autograd: with e_t = y_t − ŷ_t and G_t = −2 e_t / V_t the
+gradient of ŷ_t, u_{s,k} what source s writes to its k-th target:
 
     b_dec[t]        Σ_tokens G_t
     W_dec[s][k]     u_{s,k}ᵀ G_t                     (rows of active latents only)
@@ -14,11 +15,14 @@ and its gradient without autograd: with e_t = y_t − ŷ_t and G_t = −2 e_t / 
     W_skip[s][k]    G_tᵀ x_s
     W_enc[s], b_enc[s]   through [a_s > 0], summed over the active latents' tokens
 
-Every source is encoded once and its indices are sorted once, however many targets it has.
+Every source is encoded once and its entries are sorted once, however many targets it has. A
+decoder's gradient is known when its target has been decoded and may be spent at once
+(gradients.py): no other target needs that decoder any more, unless it is shared.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,8 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_vlm.coders.clt import Clt
-from sparsify_vlm.coders.config import TRAINABLE_ACTIVATIONS
-from sparsify_vlm.coders.sparse_ops import Latents, Prepared, Support, support_of
+from sparsify_vlm.coders.gradients import Accumulated, Gradients, Ledger
+from sparsify_vlm.coders.kernels import Entries, Kernels, kernels_for
+from sparsify_vlm.coders.objective import Objective, auxk_size, decoder_norms, norm_slopes
+from sparsify_vlm.coders.source import Source, kept_of_all
 from sparsify_vlm.errors import UserError
 
 Layers = Sequence[Tensor] | Tensor
@@ -38,7 +44,8 @@ class JointStats:
     """What a step reports. NaN stands at layers no coder writes to, or without a coder (`l0`)."""
 
     loss: Tensor
-    """Σ_t sse_t / variance_t, float64 scalar; parts of one batch add up to the batch's loss."""
+    """reconstruction · Σ_t sse_t / variance_t + penalty + auxk, float64 scalar; parts of one batch
+    add up to the batch's loss."""
 
     sse: Tensor
     """[L] float64: Σ‖y_t − ŷ_t‖² over these tokens."""
@@ -61,16 +68,14 @@ class JointStats:
     errors: Tensor
     """[L, T]: ‖y_t − ŷ_t‖² per token, in the coder's dtype."""
 
+    penalty: Tensor
+    """float64 scalar, 0 without a penalty."""
 
-@dataclass
-class _Source:
-    """One layer's coder during a step."""
+    auxk: Tensor
+    """float64 scalar, 0 without AuxK."""
 
-    x: Tensor
-    latents: Latents
-    support: Support
-    activations: Prepared
-    grad: Tensor  # of the loss by latents.values
+    lowest: list[Tensor | None]
+    """Per layer with a coder: the smallest activation of these tokens (`batchtopk`)."""
 
 
 def target_variance(
@@ -88,7 +93,8 @@ def target_variance(
     return torch.stack(rows)
 
 
-def _variance(clt: Clt, y: Layers, mean_y: Layers | None, variance: Tensor | None) -> Tensor:
+def checked_variance(clt: Clt, y: Layers, mean_y: Layers | None, variance: Tensor | None) -> Tensor:
+    """`variance`, or that of y; raises `UserError` where a target has none."""
     if variance is None:
         variance = target_variance(y, mean_y, torch.promote_types(clt.dtype, torch.float32))
     written = variance[clt.cfg.target_offset :]
@@ -103,26 +109,6 @@ def _variance(clt: Clt, y: Layers, mean_y: Layers | None, variance: Tensor | Non
     return variance.double()
 
 
-def joint_loss(
-    clt: Clt,
-    x: Layers,
-    y: Layers,
-    *,
-    mean_y: Layers | None = None,
-    variance: Tensor | None = None,
-    k: int | None = None,
-) -> Tensor:
-    """The loss of x, y [L, T, d] as a scalar that autograd can differentiate."""
-    variance = _variance(clt, y, mean_y, variance)
-    outputs = clt.decode(clt.encode(x, k), x)
-    terms = [
-        (y[t].to(clt.dtype) - y_hat).square().sum() / variance[t].to(clt.dtype)
-        for t, y_hat in enumerate(outputs)
-        if y_hat is not None
-    ]
-    return torch.stack(terms).sum()
-
-
 @torch.no_grad()
 def forward_backward(
     clt: Clt,
@@ -133,112 +119,202 @@ def forward_backward(
     variance: Tensor | None = None,
     weight: float = 1.0,
     k: int | None = None,
+    objective: Objective | None = None,
+    tokens: int | None = None,
+    dead: Sequence[Tensor] | None = None,
+    gradients: Gradients | None = None,
+    bf16_selection: bool = False,
+    reconstruction: float = 1.0,
 ) -> JointStats:
-    """Add the gradient of `weight * loss` to the parameters' `.grad` and report the loss.
+    """Hand the gradient of `weight * loss` to `gradients` and report the loss.
 
-    x, y [L, T, d] hold counted tokens only (no padding). `variance` [L] is given where these
-    tokens are a part of the batch (a micro-batch, or one rank's share): the parts' gradients then
-    sum to the whole batch's. Otherwise it is taken from y, about `mean_y` [L, d] if given.
-    `k` overrides the config's number of active latents.
+    x, y [L, T, d] hold counted tokens only (no padding). `variance` [L] and `tokens` are given
+    where these tokens are a part of the batch (a micro-batch, or one rank's share): the parts'
+    gradients then sum to the whole batch's. Otherwise they are taken from y, the variance about
+    `mean_y` [L, d] if given. `k` overrides the config's number of active latents; `dead` [F] bool
+    per layer with a coder are the latents AuxK revives; without `gradients`, they are added to
+    the parameters' `.grad`. `bf16_selection`: see selecting.py. `reconstruction` weighs Σ_t FVU_t
+    in the loss (0: only the figures are made).
 
-    Raises `UserError` for an activation that is not trained here and for targets of no variance.
+    Raises `UserError` for targets of no variance.
     """
-    if clt.cfg.activation not in TRAINABLE_ACTIVATIONS:
-        raise UserError(f"coders with activation '{clt.cfg.activation}' cannot be trained here")
-    variance = _variance(clt, y, mean_y, variance)
-    sources = [_encode(clt, s, x[s], k) for s in clt.cfg.source_layers()]
-    errors = sources[0].x.new_full((clt.cfg.n_layers, len(sources[0].x)), torch.nan)
+    variance = checked_variance(clt, y, mean_y, variance)
+    step = _Pass(clt, x, k or clt.cfg.k, objective or Objective(), bf16_selection)
+    step.variance, step.weight, step.dead = variance, weight, dead
+    step.reconstruction = reconstruction
+    step.open(gradients or Accumulated(), tokens or step.tokens)
     for t in clt.cfg.target_layers():
-        error = y[t].to(clt.dtype) - _decode(clt, t, sources)
-        errors[t] = error.square().sum(1)
-        _backward_target(clt, t, sources, error.mul_(-2 * weight / variance[t].to(clt.dtype)))
-    for s, source in enumerate(sources):
-        _backward_encoder(clt, s, source)
-    return _stats(clt, sources, errors, variance)
+        step.target(t, y[t])
+    for source in step.sources:
+        source.finish(step.ledger)
+    return step.stats()
 
 
-def _encode(clt: Clt, s: int, x_s: Tensor, k: int | None) -> _Source:
-    x_s = x_s.to(clt.dtype)
-    latents = clt.encode_layer(s, x_s, k)
-    support = support_of(latents.indices, clt.W_enc[s])
-    activations = support.prepare(latents.values)
-    return _Source(x_s, latents, support, activations, torch.zeros_like(latents.values))
+class _Pass:
+    """The tokens of one call on their way through the coder and back."""
 
+    ledger: Ledger
+    variance: Tensor
+    weight: float
+    reconstruction: float
+    dead: Sequence[Tensor] | None
 
-def _written(clt: Clt, s: int, k: int, source: _Source) -> Prepared:
-    """u_{s,k}. The post-encoder's are made anew where needed: keeping each would cost memory."""
-    if clt.post_enc is None and clt.post_scale is None:
-        return source.activations
-    return source.support.prepare(clt.written_values(s, k, source.latents))
+    def __init__(self, clt: Clt, x: Layers, k: int, objective: Objective, bf16: bool) -> None:
+        self.clt, self.k, self.objective = clt, min(k, clt.cfg.num_latents), objective
+        selecting = kernels_for(clt.W_enc[0], self.k)
+        self.sources = [
+            Source(clt, s, x[s], self.k, selecting, bf16) for s in clt.cfg.source_layers()
+        ]
+        density = max(source.density for source in self.sources)
+        self.kernels: Kernels = kernels_for(clt.W_enc[0], density)
+        self.tokens = len(self.sources[0].x)
+        self.errors = self.sources[0].x.new_full((clt.cfg.n_layers, self.tokens), torch.nan)
+        self.penalty = self.errors.new_zeros((), dtype=torch.float64)
+        self.auxk = torch.zeros_like(self.penalty)
 
+    def open(self, gradients: Gradients, tokens: int) -> None:
+        """Count each table's uses, and take the penalty's part in the gradients."""
+        decays: dict[nn.Parameter, Tensor] = {}
+        if self.objective.penalises:
+            for source in self.sources:
+                self._penalise(source, self.objective.coefficient / tokens, decays)
+        self.ledger = Ledger(gradients, self.kernels, self._uses(), decays)
 
-def _decode(clt: Clt, t: int, sources: list[_Source]) -> Tensor:
-    out = clt.b_dec[t].expand(len(sources[0].x), -1).clone()
-    for s, k in clt.cfg.sources(t):
-        source = sources[s]
-        out += source.support.decode(_written(clt, s, k, source), clt.W_dec[s][k])
-        if clt.W_skip is not None:
-            out.addmm_(source.x, clt.W_skip[s][k].T)
-    return out
+    def _uses(self) -> Counter[nn.Parameter]:
+        uses: Counter[nn.Parameter] = Counter(self.clt.W_enc)
+        for s in self.clt.cfg.source_layers():
+            for k in range(len(self.clt.cfg.targets(s))):
+                uses.update(self.clt.tables(s, k))
+            if self._revived(s) is not None:
+                uses.update([self.clt.W_enc[s], *self.clt.tables(s, 0)])
+        return uses
 
+    # ---- one target
 
-def _add_grad(parameter: nn.Parameter, grad: Tensor) -> None:
-    if not parameter.requires_grad:
-        return
-    if parameter.grad is None:
-        parameter.grad = grad
-    else:
-        parameter.grad += grad
+    def target(self, t: int, y_t: Tensor) -> None:
+        """Decode layer t, and go back from its error."""
+        clt = self.clt
+        pairs = [(self.sources[s], k) for s, k in clt.cfg.sources(t)]
+        written = [source.written(k) for source, k in pairs]
+        kept: list[Tensor | None] = [None] * len(pairs)
+        if clt.cfg.topk_coalesced:
+            kept = list(kept_of_all([source for source, _ in pairs], written, self.k))
+            written = [s.written(k, keep) for (s, k), keep in zip(pairs, kept, strict=True)]
+        out = self._decode(t, pairs, written)
+        error = torch.sub(y_t.to(clt.dtype), out, out=out)
+        self.errors[t] = error.square().sum(1)
+        scale = float(clt.out_scale(t))
+        own = clt.cfg.sources(t)[-1]
+        if own[1] == 0 and (dead := self._revived(own[0])) is not None:
+            self._revive(self.sources[own[0]], t, dead, error, scale)
+        share = self.weight * self.reconstruction
+        G = error.mul_(-2 * share * scale / self.variance[t].to(clt.dtype))
+        self.ledger.add(clt.b_dec[t], G.sum(0))
+        for (source, k), entries, keep in zip(pairs, written, kept, strict=True):
+            self._back(source, k, entries, keep, G)
 
+    def _decode(self, t: int, pairs: list[tuple[Source, int]], written: list[Entries]) -> Tensor:
+        clt = self.clt
+        out = clt.b_dec[t].expand(self.tokens, -1).clone()
+        parts = [
+            (entries, table)
+            for (source, k), entries in zip(pairs, written, strict=True)
+            for table in clt.tables(source.s, k)
+        ]
+        self.kernels.decode(out, parts)
+        for source, k in pairs:
+            if (skip := clt.skip(source.s, k)) is not None:
+                out.addmm_(source.x, skip.T, alpha=clt.write_factor(source.s, t))
+        scale = float(clt.out_scale(t))
+        return out if scale == 1 else out.mul_(scale)
 
-def _backward_target(clt: Clt, t: int, sources: list[_Source], G: Tensor) -> None:
-    """Gradients of everything that writes to layer t, given G [T, d] = d loss / d ŷ_t."""
-    _add_grad(clt.b_dec[t], G.sum(0))
-    for s, k in clt.cfg.sources(t):
-        source = sources[s]
-        _add_grad(clt.W_dec[s][k], source.support.outer(_written(clt, s, k, source), G))
-        if clt.W_skip is not None:
-            _add_grad(clt.W_skip[s][k], G.T @ source.x)
-        _backward_values(clt, s, k, source, source.support.dots(G, clt.W_dec[s][k]))
+    def _back(
+        self, source: Source, k: int, entries: Entries, kept: Tensor | None, G: Tensor
+    ) -> None:
+        clt, s = self.clt, source.s
+        if (skip := clt.skip(s, k)) is not None:
+            factor = clt.write_factor(s, clt.cfg.targets(s)[k])
+            self.ledger.add(skip, (G.T @ source.x).mul_(factor))
+        for table in clt.tables(s, k):
+            source.take(k, self.ledger.table(table, G, entries), self.ledger, kept)
 
+    # ---- beside the loss of reconstruction
 
-def _backward_values(clt: Clt, s: int, k: int, source: _Source, grad: Tensor) -> None:
-    """From the gradient of u_{s,k} [T, K] to those of the post-encoder and of the activations."""
-    latents, support = source.latents, source.support
-    active = latents.values > 0
-    grad = grad * active
-    if clt.post_scale is not None:
-        before = latents.values
-        if clt.post_enc is not None:
-            before = before + clt.post_enc[s][k][latents.indices] * active
-        _add_grad(clt.post_scale[s][k], support.totals(support.prepare(before * grad)))
-        grad = grad * clt.post_scale[s][k][latents.indices]
-    if clt.post_enc is not None:
-        _add_grad(clt.post_enc[s][k], support.totals(support.prepare(grad)))
-    source.grad += grad
+    def _penalise(
+        self, source: Source, coefficient: float, decays: dict[nn.Parameter, Tensor]
+    ) -> None:
+        clt, s, col = self.clt, source.s, source.selection.col
+        if self.objective.penalty == "l0":
+            self.penalty += coefficient * source.active.sum().double()
+            if source.threshold_grad is not None:
+                source.threshold_grad += self.weight * coefficient
+            return
+        kind = self.objective.penalty_norm
+        norms = decoder_norms(clt, s, kind)
+        values = source.base.values
+        z = norms[col] * values
+        self.penalty += coefficient * self.objective.curve(z).sum(dtype=torch.float64)
+        slope = self.objective.slope(z) * (self.weight * coefficient)
+        source.grad += slope * norms[col]
+        pull = source.selection.totals(slope * values)
+        for k, q in enumerate(norm_slopes(clt, s, kind, norms)):
+            (table,) = clt.tables(s, k)
+            decays[table] = decays[table] + pull * q if table in decays else pull * q
 
+    def _revived(self, s: int) -> Tensor | None:
+        """The dead latents of layer s that AuxK is to revive."""
+        if self.objective.auxk_alpha == 0 or self.dead is None or not bool(self.dead[s].any()):
+            return None
+        return self.dead[s]
 
-def _backward_encoder(clt: Clt, s: int, source: _Source) -> None:
-    grad = source.support.prepare(source.grad)  # 0 where the latent is inactive
-    x = source.x if clt.cfg.transcode else source.x - clt.b_dec[s]
-    bias_grad = source.support.totals(grad)
-    _add_grad(clt.W_enc[s], source.support.outer(grad, x))
-    _add_grad(clt.b_enc[s], bias_grad)
-    if not clt.cfg.transcode:
-        _add_grad(clt.b_dec[s], -(bias_grad @ clt.W_enc[s]))
+    def _revive(self, source: Source, t: int, dead: Tensor, error: Tensor, scale: float) -> None:
+        """AuxK: the gradient of dead latents that predict what is left of the first target."""
+        clt, s = self.clt, source.s
+        size, factor = auxk_size(clt, dead)
+        latents = dead.nonzero().flatten()
+        pre = torch.addmm(clt.b_enc[s][latents], source.read, clt.W_enc[s][latents].T)
+        values, places = pre.topk(size, dim=1, sorted=False)
+        entries = Entries(
+            self.kernels.uniform(latents[places], clt.cfg.num_latents), values.relu().flatten()
+        )
+        left = torch.zeros_like(error)
+        self.kernels.decode(left, [(entries, table) for table in clt.tables(s, 0)])
+        left = left.mul_(scale).sub_(error)
+        share = self.objective.auxk_alpha * factor / self.variance[t]
+        self.auxk += share * left.square().sum(dtype=torch.float64)
+        G = left.mul_(2 * self.weight * scale * float(share))
+        grad = torch.zeros_like(entries.values)
+        for table in clt.tables(s, 0):
+            grad += self.ledger.table(table, G, entries)
+        source.encoder(self.ledger, Entries(entries.selection, grad * (entries.values > 0)))
 
+    # ---- figures
 
-def _stats(clt: Clt, sources: list[_Source], errors: Tensor, variance: Tensor) -> JointStats:
-    sse = errors.sum(1, dtype=torch.float64)
-    l0 = torch.full_like(sse, torch.nan)
-    on = [source.latents.values > 0 for source in sources]
-    counts = torch.stack([active.sum(1) for active in on])
-    l0[: len(sources)] = counts.double().mean(1)
-    fired = []
-    for source, active in zip(sources, on, strict=True):
-        hit = torch.zeros(clt.cfg.num_latents, dtype=torch.bool, device=sse.device)
-        hit[source.latents.indices[active]] = True
-        fired.append(hit)
-    fvu = sse / variance
-    loss = fvu[clt.cfg.target_offset :].sum()
-    return JointStats(loss, sse, variance, fvu, l0, counts, fired, errors)
+    def stats(self) -> JointStats:
+        """What the step reports."""
+        cfg = self.clt.cfg
+        sse = self.errors.sum(1, dtype=torch.float64)
+        counts = torch.stack([s.selection.counts(s.active) for s in self.sources])
+        l0 = torch.full_like(sse, torch.nan)
+        l0[: len(self.sources)] = counts.double().mean(1)
+        fired = []
+        for source in self.sources:
+            hit = torch.zeros(cfg.num_latents, dtype=torch.bool, device=sse.device)
+            hit[source.selection.col[source.active]] = True
+            fired.append(hit)
+        fvu = sse / self.variance
+        loss = self.reconstruction * fvu[cfg.target_offset :].sum() + self.penalty + self.auxk
+        lowest = [source.selected.lowest for source in self.sources]
+        return JointStats(
+            loss,
+            sse,
+            self.variance,
+            fvu,
+            l0,
+            counts,
+            fired,
+            self.errors,
+            self.penalty,
+            self.auxk,
+            lowest,
+        )

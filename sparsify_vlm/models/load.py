@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -85,8 +86,11 @@ class LoadedModel:
             moved[name] = value
         return moved
 
-    def forward(self, inputs: Mapping[str, Any], logits: bool = False) -> Any:
-        """Run the model on a processor's whole batch, without gradients and without cache.
+    def forward(
+        self, inputs: Mapping[str, Any], logits: bool = False, gradients: bool = False
+    ) -> Any:
+        """Run the model on a processor's whole batch without cache, and without gradients unless
+        `gradients` leaves the choice to the caller.
 
         The output's `logits` are [B, S, V] if `logits`, else only those of the last position where
         the model can save the rest. Raises `UserError` when image tokens are missing.
@@ -94,7 +98,7 @@ class LoadedModel:
         self.stack.layout.check(inputs)
         extra = {} if logits or not self._keeps_logits else {"logits_to_keep": 1}
         try:
-            with torch.no_grad():
+            with nullcontext() if gradients else torch.no_grad():
                 return self.model(**self.to_device(inputs), use_cache=False, **extra)
         except ValueError as error:  # families whose grid `ImageLayout` does not know
             if "image tokens do not match" not in str(error):

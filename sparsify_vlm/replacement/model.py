@@ -109,14 +109,15 @@ class VLMReplacementModel:
         return ids
 
     @contextmanager
-    def replaced(self, ablate: Ablation | None = None) -> Iterator[None]:
+    def replaced(self, ablate: Ablation | None = None, *, training: bool = False) -> Iterator[None]:
         """Context in which `loaded` is the replacement model, without what `ablate` names.
 
-        Gradients flow if they are on. Raises `UserError` if `ablate` names layers there are not.
+        Gradients flow if they are on; `training` activates latents as in training. Raises
+        `UserError` if `ablate` names layers there are not.
         """
         ablate = ablate or Ablation()
         ablate.check(self.clt.cfg)
-        sums = _CrossLayerSums(self.clt, ablate)
+        sums = _CrossLayerSums(self.clt, ablate, training)
         with self.writing(sums.write):
             yield
 
@@ -148,8 +149,9 @@ class VLMReplacementModel:
 class _CrossLayerSums:
     """ŷ of each layer in turn; holds the latents of the layers below in the same forward call."""
 
-    def __init__(self, clt: Clt, ablate: Ablation) -> None:
+    def __init__(self, clt: Clt, ablate: Ablation, training: bool = False) -> None:
         self.clt, self.cfg, self.ablate = clt, clt.cfg, ablate
+        self.training = training
         self._latents: list[Latents | None] = [None] * self.cfg.n_layers
         self._x: list[Tensor | None] = [None] * self.cfg.n_layers
 
@@ -157,7 +159,7 @@ class _CrossLayerSums:
         """ŷ of `layer` for its x [B, S, d]; None where the layer keeps its MLP."""
         if layer in self.cfg.source_layers():
             rows = x.flatten(0, 1).to(self.clt.device)
-            self._latents[layer] = self.clt.encode_layer(layer, rows)
+            self._latents[layer] = self.clt.encode_layer(layer, rows, training=self.training)
             if self.clt.W_skip is not None:
                 self._x[layer] = rows
         if layer not in self.cfg.target_layers():

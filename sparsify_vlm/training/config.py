@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from simple_parsing import field
 
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.training import upstream
+
+if TYPE_CHECKING:
+    from sparsify_vlm.coders import Objective
 
 
 @dataclass
@@ -35,6 +38,38 @@ class CoderConfig(upstream.SparseCoderConfig):
 
     input_site: Literal["mlp_in", "resid_mid"] = "mlp_in"
     """What a transcoder reads: the MLP's input after its norm, or the residual stream before it."""
+
+    activation: Literal["topk", "batchtopk", "groupmax", "relu", "jumprelu"] = "topk"
+    """Which latents are active: the k largest of a token (`topk`), k per token on average over the
+    batch (`batchtopk`), the largest of each of k groups (`groupmax`), all positive ones (`relu`),
+    those above a learned threshold of their own (`jumprelu`). The last two need a `penalty`."""
+
+    jumprelu_bandwidth: float = 0.001
+    """Width of the window around a JumpReLU's threshold within which the threshold gets a gradient
+    (Rajamanoharan et al. 2024)."""
+
+    jumprelu_init_threshold: float = 0.001
+    """Threshold a JumpReLU starts training from."""
+
+    coalesce_topk: Literal["none", "concat", "per-layer"] = "none"
+    """Where the decoders are kept: `none`: with the sources, one per target. `concat`: one with
+    each target, shared by all its sources. `per-layer`: with the target, one per source. With the
+    last two only the target's own coder has a skip connection."""
+
+    topk_coalesced: bool = False
+    """Of what all sources write to a target only the k largest per token are kept."""
+
+    per_source_tied: bool = False
+    """One decoder per source, the same for all its targets."""
+
+    secondary_target_tied: bool = False
+    """Each target's own first decoder is also applied to what every source writes to it."""
+
+    normalize_io: bool = False
+    """Work on x scaled to a mean norm of sqrt(d_model), and scale outputs back to y's."""
+
+    divide_cross_layer: bool = False
+    """Divide the sum of what the other layers' coders write to a target by their number."""
 
     def __post_init__(self) -> None:
         _check_coder(self)
@@ -77,6 +112,35 @@ class TrainConfig(upstream.TrainConfig):
     """How the coders are trained."""
 
     sae: CoderConfig
+
+    loss_fn: Literal["fvu", "ce", "kl", "kl-fvu"] = "fvu"
+    """What the coders are trained for: to reconstruct what the MLPs write (`fvu`), the predictions
+    of the model with all MLPs replaced (`ce`: of the next token, `kl`: the model's own), or both
+    (`kl-fvu`). All but `fvu` need the running model."""
+
+    kl_coeff: float = 1.0
+    """Weight of the predictions' part of `ce`, `kl` and `kl-fvu`."""
+
+    penalty: Literal["none", "l1", "tanh", "l0"] = "none"
+    """Sparsity penalty: the sum over latents of the activation times its decoder's norm (`l1`), of
+    a tanh of it (`tanh`), or the number of active latents (`l0`, which trains `jumprelu`'s
+    thresholds). Mean over tokens."""
+
+    penalty_coefficient: float = 0.001
+    """Weight of the penalty in the loss."""
+
+    penalty_warmup_steps: int = 0
+    """Number of steps over which the penalty's weight rises linearly from 0."""
+
+    tanh_scale: float = 4.0
+    """Factor within the `tanh` of the penalty."""
+
+    penalty_norm: Literal["concat", "sum"] = "concat"
+    """Norm of a latent's decoders in the penalty: that of all of them in one vector, or the sum of
+    the norms of each target's."""
+
+    bf16_selection: bool = False
+    """Find the candidates of `topk` in bfloat16; their exact activations decide."""
 
     activations: str | None = None
     """Train from this activation store (see `capture`) instead of the running model."""
@@ -131,10 +195,24 @@ class TrainConfig(upstream.TrainConfig):
     def __post_init__(self) -> None:
         _check_hookpoints(self)
         _check_counts(self)
+        _check_objective(self)
         _check_supported(self)
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite deletes it: give only one")
         super().__post_init__()
+
+    def objective(self, step: int = 0) -> Objective:
+        """What step `step` (from 0) minimises beside the FVU."""
+        from sparsify_vlm.coders import Objective
+
+        share = min(1.0, (step + 1) / max(self.penalty_warmup_steps, 1))
+        return Objective(
+            penalty=self.penalty,
+            coefficient=self.penalty_coefficient * share,
+            tanh_scale=self.tanh_scale,
+            penalty_norm=self.penalty_norm,
+            auxk_alpha=self.auxk_alpha,
+        )
 
     @property
     def seed(self) -> int:
@@ -169,8 +247,6 @@ def _check_coder(cfg: CoderConfig) -> None:
             f"--k {cfg.k} is larger than --num_latents {cfg.num_latents}: lower --k or raise the "
             "number of latents"
         )
-    if cfg.activation != "topk":
-        raise UserError(f"--activation {cfg.activation} is not supported yet: use topk")
     if cfg.multi_topk:
         raise UserError("--multi_topk is not supported yet: leave it out")
 
@@ -210,10 +286,31 @@ def _check_counts(cfg: TrainConfig) -> None:
             raise UserError(f"--{name} {getattr(cfg, name)}: must not be negative")
 
 
+def _check_objective(cfg: TrainConfig) -> None:
+    for name in ("penalty_coefficient", "tanh_scale", "auxk_alpha", "kl_coeff"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be a finite number from 0 on")
+    if cfg.penalty_warmup_steps < 0:
+        raise UserError("--penalty_warmup_steps must not be negative")
+    if cfg.penalty == "none" and cfg.sae.activation in ("relu", "jumprelu"):
+        raise UserError(
+            f"--activation {cfg.sae.activation} is not sparse of itself: give --penalty l1 or tanh"
+            + (", or l0" if cfg.sae.activation == "jumprelu" else "")
+        )
+    if cfg.penalty == "l0" and cfg.sae.activation != "jumprelu":
+        raise UserError("--penalty l0 trains the thresholds of --activation jumprelu only")
+    if cfg.penalty != "none" and cfg.sae.secondary_target_tied:
+        raise UserError("--penalty is not defined for --secondary_target_tied: leave one out")
+    if cfg.loss_fn != "fvu" and cfg.activations is not None:
+        raise UserError(
+            f"--loss_fn {cfg.loss_fn} runs the model on its own text: leave --activations out"
+        )
+    if cfg.bf16_selection and cfg.sae.activation != "topk":
+        raise UserError("--bf16_selection is for --activation topk only")
+
+
 def _check_supported(cfg: TrainConfig) -> None:
     refused = {
-        "--loss_fn " + cfg.loss_fn: (cfg.loss_fn != "fvu", "use fvu"),
-        "--auxk_alpha": (cfg.auxk_alpha != 0, "leave it at 0"),
         "--distribute_modules": (cfg.distribute_modules, "every process trains all coders"),
         "--save_best": (cfg.save_best, "leave it out"),
         "more than one of --init_seeds": (len(cfg.init_seeds) > 1, "train a run per seed"),

@@ -26,7 +26,7 @@ import torch
 
 from sparsify_vlm.coders import CltConfig
 from sparsify_vlm.coders.clt import PRE_ACTIVATIONS_AT_ONCE
-from sparsify_vlm.coders.sparse_ops import prefers_dense
+from sparsify_vlm.coders.kernels import prefers_dense
 from sparsify_vlm.models.skeleton import Skeleton
 
 FLOAT = 4  # bytes; coders are trained in float32

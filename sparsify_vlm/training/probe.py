@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparsify_vlm.coders import Clt, CltConfig, forward_backward
-from sparsify_vlm.coders.sparse_ops import prefers_dense, support_of
+from sparsify_vlm.coders.kernels import Entries, kernels_for, prefers_dense
 from sparsify_vlm.training.config import CoderConfig, TrainConfig
 from sparsify_vlm.training.footprint import Job, count_parameters, n_pairs
 from sparsify_vlm.training.optimizers import Optimizers
@@ -173,17 +173,18 @@ def _one_more_target(clt: Clt, x: Tensor) -> Callable[[], object]:
     cfg, G, W = clt.cfg, x[0], clt.W_dec[0][0].detach()
     with torch.no_grad():
         latents = clt.encode_layer(0, x[0])
-    support = support_of(latents.indices, W)
+    kernels = kernels_for(W, cfg.k)
+    selection = kernels.uniform(latents.indices, cfg.num_latents)
+    selection.order  # noqa: B018  # once per source, not per pair
+    out, values = torch.zeros_like(G), latents.values.flatten()
     skip = None if clt.W_skip is None else clt.W_skip[0][0].detach()
 
     def pair() -> None:
-        for _ in range(1 + cfg.train_post_encoder + cfg.post_encoder_scale):
-            values = support.prepare(latents.values)
-        support.decode(values, W)
-        support.outer(values, G)
-        support.dots(G, W)
+        entries = Entries(selection, values)
+        kernels.decode(out, [(entries, W)])
+        kernels.backward(G, entries, W)
         for _ in range(cfg.train_post_encoder + cfg.post_encoder_scale):
-            support.totals(values)
+            selection.totals(values)
         if skip is not None:
             G.T @ (G @ skip)
 

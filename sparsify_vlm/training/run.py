@@ -19,6 +19,7 @@ from sparsify_vlm.training.config import RunConfig, TrainConfig
 from sparsify_vlm.training.distributed import World, joined_world
 from sparsify_vlm.training.optimizers import warmup_steps
 from sparsify_vlm.training.sources import LiveSource, StoreSource, TokenSource
+from sparsify_vlm.training.spliced import SplicedLoss
 from sparsify_vlm.training.trainer import Callback, Trainer
 
 # Settings that do not decide which weights come out; all others must be the same in a resumed run.
@@ -58,7 +59,10 @@ def train(
         clt = _coders(cfg, source, model)
         folder = RunFolder(Path(cfg.save_dir) / (cfg.run_name or "unnamed"))
         world.resumes_from(folder.last_step)
-        trainer = Trainer(cfg, clt, source, folder, world, quiet=quiet, on_step=on_step)
+        spliced = _spliced(cfg, source, clt, world)
+        trainer = Trainer(
+            cfg, clt, source, folder, world, quiet=quiet, on_step=on_step, spliced=spliced
+        )
         trainer.settings = _settings(cfg, clt, source, trainer.total)
         world.first_then_others(lambda: _prepare(cfg, folder, trainer, world))
         done = cfg.resume and trainer.load()
@@ -110,29 +114,42 @@ def _open_store(path: str, data: DataConfig, run: RunConfig) -> ActivationStore:
     return store
 
 
-def _coders(cfg: TrainConfig, source: TokenSource, model: dict[str, Any]) -> Clt:
-    """The coders to train, with zero weights or those of `--finetune`."""
-    config = CltConfig(
-        d_model=source.d_model,
-        hookpoints=source.hookpoints,
-        num_latents=cfg.sae.num_latents,
-        k=cfg.sae.k,
-        n_targets=min(cfg.sae.n_targets, _most_targets(cfg, len(source.hookpoints))),
-        target_offset=cfg.sae.target_offset,
-        activation=cfg.sae.activation,
-        transcode=cfg.sae.transcode,
-        skip_connection=cfg.sae.skip_connection,
-        train_post_encoder=cfg.sae.train_post_encoder,
-        post_encoder_scale=cfg.sae.post_encoder_scale,
-        normalize_decoder=cfg.sae.normalize_decoder,
-        expansion_factor=cfg.sae.expansion_factor,
+def coder_config(
+    cfg: TrainConfig, d_model: int, hookpoints: list[str], **model: Any
+) -> CltConfig:
+    """The coders that `cfg` asks for; `model` and `revision` are kept with them."""
+    same = (
+        *("num_latents", "k", "target_offset", "activation", "transcode", "skip_connection"),
+        *("train_post_encoder", "post_encoder_scale", "normalize_decoder", "expansion_factor"),
+        *("jumprelu_bandwidth", "jumprelu_init_threshold", "coalesce_topk", "topk_coalesced"),
+        *("per_source_tied", "secondary_target_tied", "normalize_io", "divide_cross_layer"),
+    )
+    return CltConfig(
+        d_model=d_model,
+        hookpoints=hookpoints,
+        n_targets=min(cfg.sae.n_targets, _most_targets(cfg, len(hookpoints))),
         input_site=cfg.sae.input_site if cfg.sae.transcode else "mlp_out",
+        **{name: getattr(cfg.sae, name) for name in same},
         **model,
     )
+
+
+def _coders(cfg: TrainConfig, source: TokenSource, model: dict[str, Any]) -> Clt:
+    """The coders to train, with zero weights or those of `--finetune`."""
+    config = coder_config(cfg, source.d_model, source.hookpoints, **model)
     clt = Clt(config, source.device, torch.float32)
     if cfg.finetune is not None:
         _copy_weights(clt, cfg.finetune)
     return clt
+
+
+def _spliced(cfg: TrainConfig, source: TokenSource, clt: Clt, world: World) -> SplicedLoss | None:
+    """The loss on predictions that `--loss_fn` asks for."""
+    if cfg.loss_fn == "fvu":
+        return None
+    if not isinstance(source, LiveSource):
+        raise UserError(f"--loss_fn {cfg.loss_fn} needs the running model, not a store")
+    return SplicedLoss(source.loaded, clt, cfg, world)
 
 
 def _most_targets(cfg: TrainConfig, n_layers: int) -> int:
@@ -141,15 +158,25 @@ def _most_targets(cfg: TrainConfig, n_layers: int) -> int:
 
 
 def _copy_weights(clt: Clt, path: str) -> None:
-    found = load_clt(path, clt.device, clt.dtype).state_dict()
-    wanted = clt.state_dict()
+    """Start from the coders of `path`: the same ones, or per-layer ones of the same width, whose
+    own-layer decoders are the first targets'; all other decoders then start at 0."""
+    start = load_clt(path, clt.device, clt.dtype)
+    found, wanted = start.state_dict(), clt.state_dict()
+    per_layer = start.cfg.n_targets == 1 < clt.cfg.n_targets and clt.cfg.target_offset == 0
     for name, value in wanted.items():
-        if name not in found or found[name].shape != value.shape:
+        if name in found and found[name].shape == value.shape:
+            value.copy_(found[name])
+        elif not (per_layer and _of_later_target(name)):
             raise UserError(
                 f"--finetune {path}: its coders have another shape than asked for ('{name}'); give "
-                "the same hookpoints, latents and targets"
+                "the same hookpoints and latents, and the same targets or per-layer transcoders"
             )
-    clt.load_state_dict({name: found[name] for name in wanted})
+
+
+def _of_later_target(name: str) -> bool:
+    """Whether a parameter belongs to a target beyond a source's first."""
+    parts = name.split(".")
+    return len(parts) == 3 and int(parts[2]) > 0
 
 
 def _settings(cfg: TrainConfig, clt: Clt, source: TokenSource, total: int | None) -> dict[str, Any]:

@@ -30,12 +30,14 @@ if TYPE_CHECKING:
 class TokenBatch:
     """One process's counted tokens of one global batch; L layers, T tokens (T may be 0).
 
-    x, y: [L, T, d_model] in the model's dtype; role: [T] uint8, see `models.Role`.
+    x, y: [L, T, d_model] in the model's dtype; role: [T] uint8, see `models.Role`; inputs: the
+    processor's batch they come from, for losses on predictions (None where it has no samples).
     """
 
     x: Tensor
     y: Tensor
     role: Tensor
+    inputs: dict[str, Tensor] | None = None
 
 
 class TokenSource(Protocol):
@@ -138,8 +140,8 @@ class LiveSource:
         )
         counted &= torch.isin(table.input_ids, self._excluded, invert=True)
         if bool(counted.all()):
-            return TokenBatch(table.x, table.y, table.role)
-        return TokenBatch(table.x[:, counted], table.y[:, counted], table.role[counted])
+            return TokenBatch(table.x, table.y, table.role, inputs)
+        return TokenBatch(table.x[:, counted], table.y[:, counted], table.role[counted], inputs)
 
     def _nothing(self) -> TokenBatch:
         none = torch.empty(len(self.layers), 0, self.d_model, device=self.device)

@@ -12,17 +12,19 @@ the mean of its `grad_acc_steps` batches' losses; micro-batches only split the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsify_vlm.coders import Clt, CltConfig, forward_backward
+from sparsify_vlm.coders import Clt, CltConfig, JointStats, Objective, forward_backward
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.models import Role
+from sparsify_vlm.training.at_once import UpdatedAtOnce
 from sparsify_vlm.training.distributed import World
 from sparsify_vlm.training.sources import TokenBatch
+from sparsify_vlm.training.spliced import SplicedLoss
 
 GROUPS = ("all", "image", "text")
 """The tokens a figure is given for."""
@@ -53,6 +55,12 @@ class StepFigures:
     """[3, coders]: mean number of active latents per token."""
     fired: Tensor
     """bool [coders, F]: which latents were active at any token."""
+    penalty: float
+    """The sparsity penalty's part of the loss."""
+    auxk: float
+    """AuxK's part of the loss."""
+    lowest: Tensor
+    """[coders]: mean over the passes of the smallest activation (`batchtopk`); NaN otherwise."""
 
 
 def membership(role: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,6 +91,19 @@ def moments(batch: TokenBatch, dtype: torch.dtype, world: World) -> Moments:
     return Moments(int(counts[0]), mean_x, mean_y, variance.clamp(min=0))
 
 
+def mean_norms(batch: TokenBatch, found: Moments, world: World) -> tuple[Tensor, Tensor]:
+    """Mean over a global batch's tokens of ‖x‖ and of ‖y‖, each [L] float64."""
+    sums = torch.stack(
+        [
+            torch.stack([layer.float().norm(dim=1).sum(dtype=torch.float64) for layer in values])
+            for values in (batch.x, batch.y)
+        ]
+    )
+    world.sum_([sums])
+    mean_x, mean_y = sums / found.tokens
+    return mean_x, mean_y
+
+
 def check_finite(found: Moments, cfg: CltConfig, batch: int, last: str) -> None:
     """Raise `UserError` naming hookpoint and batch if an activation was NaN or infinite.
 
@@ -99,18 +120,36 @@ def check_finite(found: Moments, cfg: CltConfig, batch: int, last: str) -> None:
             )
 
 
+@dataclass
+class StepPlan:
+    """How one optimizer step is made."""
+
+    grad_acc_steps: int = 1
+    micro_acc_steps: int = 1
+    objective: Objective = field(default_factory=Objective)
+    dead: list[Tensor] | None = None
+    """Per coder: bool [F], the latents that AuxK revives."""
+    bf16_selection: bool = False
+    reconstruction: float = 1.0
+    """Weight of Σ_t FVU_t in the loss."""
+    spliced: SplicedLoss | None = None
+    """The loss on the spliced model's predictions, if there is one."""
+    at_once: UpdatedAtOnce | None = None
+    """Spends the tables' gradients; only for a single pass. None: they are kept in `.grad`."""
+
+
 class JointStep:
     """Collects the gradient and the figures of one optimizer step."""
 
-    def __init__(self, clt: Clt, world: World, grad_acc_steps: int, micro_acc_steps: int) -> None:
-        self.clt, self.world = clt, world
-        self.grad_acc_steps, self.micro_acc_steps = grad_acc_steps, micro_acc_steps
+    def __init__(self, clt: Clt, world: World, plan: StepPlan) -> None:
+        self.clt, self.world, self.plan = clt, world, plan
         coders, layers = len(clt.cfg.source_layers()), clt.cfg.n_layers
         wide: dict[str, Any] = {"dtype": torch.float64, "device": clt.device}
         self.tokens = 0
-        self._loss = torch.zeros(1, **wide)
+        self._parts = torch.zeros(3, **wide)  # loss, penalty, AuxK
         self._sse, self._variance = torch.zeros(3, layers, **wide), torch.zeros(3, layers, **wide)
         self._active, self._counted = torch.zeros(3, coders, **wide), torch.zeros(3, 1, **wide)
+        self._lowest = torch.zeros(2, coders, **wide)  # sum and number
         self._fired = torch.zeros(coders, clt.cfg.num_latents, dtype=torch.uint8, device=clt.device)
 
     def add(self, batch: TokenBatch, found: Moments, k: int) -> None:
@@ -121,43 +160,69 @@ class JointStep:
         self._variance += found.variance
         member = membership(batch.role, torch.float64)
         tokens = batch.x.shape[1]
-        size = -(-tokens // self.micro_acc_steps) or 1
-        for first in range(0, tokens, size):
+        size = -(-tokens // self.plan.micro_acc_steps) or 1
+        for first in range(0, max(tokens, 1), size):  # all processes take part in every sum
             part = slice(first, first + size)
             self._add_part(batch.x[:, part], batch.y[:, part], member[:, part], found, k)
+        if self.plan.spliced is not None:
+            weight = 1 / self.plan.grad_acc_steps
+            self._parts[0] += weight * self.plan.spliced.backward(batch.inputs, weight)
 
     def _add_part(self, x: Tensor, y: Tensor, member: Tensor, found: Moments, k: int) -> None:
+        plan, weight = self.plan, 1 / self.plan.grad_acc_steps
         stats = forward_backward(
-            self.clt, x, y, variance=found.variance[0], weight=1 / self.grad_acc_steps, k=k
+            self.clt,
+            x,
+            y,
+            variance=found.variance[0],
+            weight=weight,
+            k=k,
+            objective=plan.objective,
+            tokens=found.tokens,
+            dead=plan.dead,
+            gradients=plan.at_once,
+            bf16_selection=plan.bf16_selection,
+            reconstruction=plan.reconstruction,
         )
-        self._loss += stats.loss / self.grad_acc_steps
+        self._parts += weight * torch.stack([stats.loss, stats.penalty, stats.auxk])
         self._sse += member @ stats.errors.double().T
+        self._count(stats, member)
+
+    def _count(self, stats: JointStats, member: Tensor) -> None:
         self._active += member @ stats.active.double().T
         self._counted += member.sum(1, keepdim=True)
-        for coder, hit in enumerate(stats.fired):
+        for coder, (hit, lowest) in enumerate(zip(stats.fired, stats.lowest, strict=True)):
             self._fired[coder] |= hit
+            if lowest is not None:
+                self._lowest[0, coder] += lowest
+                self._lowest[1, coder] += 1
 
     def finish(self) -> StepFigures:
         """Add everything up over the processes; the gradients are then in the parameters."""
-        self.world.sum_(_gradients(self.clt))
-        self.world.sum_([self._loss, self._sse, self._active, self._counted])
+        self.world.sum_(self._gradients())
+        self.world.sum_([self._parts, self._sse, self._active, self._counted, self._lowest])
         self.world.max_([self._fired])
         fvu = torch.where(self._variance > 0, self._sse / self._variance, torch.nan)
+        loss, penalty, auxk = self._parts.tolist()
         return StepFigures(
             tokens=self.tokens,
-            loss=float(self._loss),
+            loss=loss,
             fvu=fvu.cpu(),
             l0=(self._active / self._counted).cpu(),
             fired=self._fired.bool(),
+            penalty=penalty,
+            auxk=auxk,
+            lowest=self._lowest[0] / self._lowest[1],
         )
 
-
-def _gradients(clt: nn.Module) -> list[Tensor]:
-    """Gradients of all trained parameters; zeros for a process that had no tokens."""
-    gradients = []
-    for parameter in clt.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-    return gradients
+    def _gradients(self) -> list[Tensor]:
+        """Gradients of all trained parameters that have not been spent; zeros for a process that
+        had no tokens."""
+        spent = self.plan.at_once.tables if self.plan.at_once else set()
+        gradients = []
+        for parameter in self.clt.parameters():
+            if parameter.requires_grad and parameter not in spent:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        return gradients

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -25,15 +25,28 @@ from torch import Tensor, nn
 from sparsify_vlm.coders import Clt, save_clt
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.progress import Progress
+from sparsify_vlm.training.at_once import UpdatedAtOnce
 from sparsify_vlm.training.checkpoint import RunFolder, disk_full_explained
 from sparsify_vlm.training.config import TrainConfig
 from sparsify_vlm.training.distributed import World
 from sparsify_vlm.training.metrics import Line, Metrics, metrics_line
 from sparsify_vlm.training.optimizers import Optimizers
 from sparsify_vlm.training.sources import TokenBatch, TokenSource
-from sparsify_vlm.training.step import JointStep, Moments, StepFigures, check_finite, moments
+from sparsify_vlm.training.spliced import SplicedLoss
+from sparsify_vlm.training.step import (
+    JointStep,
+    Moments,
+    StepFigures,
+    StepPlan,
+    check_finite,
+    mean_norms,
+    moments,
+)
 
 Callback = Callable[[Line], None]
+
+THRESHOLD_RATE = 0.01
+"""How far batch top-k's threshold moves in a step towards the batch's smallest activation."""
 
 
 @dataclass
@@ -91,8 +104,10 @@ class Trainer:
         settings: dict[str, Any] | None = None,
         quiet: bool = False,
         on_step: Callback | None = None,
+        spliced: SplicedLoss | None = None,
     ) -> None:
         self.cfg, self.clt, self.source, self.run, self.world = cfg, clt, source, run, world
+        self.spliced = spliced
         self.settings = settings or {}
         self.quiet, self.on_step = quiet or not world.is_first, on_step
         self.total = planned_steps(cfg, source.n_batches)
@@ -138,11 +153,11 @@ class Trainer:
     def _loop(self, metrics: Metrics | None, progress: Progress) -> None:
         batches = self._numbered_batches()
         while not self.finished:
-            k = self.active_latents()
+            k, lr = self.active_latents(), self.optimizers.begin(self.step)
             figures = self._gradient(batches, k)
             if figures is None:
                 return self._say_ended()
-            lr = self._update(figures)
+            self._update(figures)
             if self.step % self.cfg.log_every == 0 or self.finished:
                 self._report(figures, lr, k, metrics, progress)
             progress.update()
@@ -169,12 +184,12 @@ class Trainer:
 
     def _gradient(self, batches: Iterator[tuple[int, TokenBatch]], k: int) -> StepFigures | None:
         """The gradient of this step's batches and their figures; None if the data ends before."""
-        step = JointStep(self.clt, self.world, self.cfg.grad_acc_steps, self.cfg.micro_acc_steps)
+        step = JointStep(self.clt, self.world, self._plan())
         fresh, taken = self._without_weights, 0
         for number, batch in islice(batches, self.cfg.grad_acc_steps):
             found = moments(batch, self.clt.dtype, self.world)
             check_finite(found, self.clt.cfg, number, self._last_kept())
-            self._initialise(found)
+            self._initialise(batch, found)
             if self._unit_norm_decoders:
                 self.clt.set_decoder_norm_to_unit_norm()
             step.add(batch, found, k)
@@ -192,20 +207,49 @@ class Trainer:
             self._drop_bias_noise()
         return figures
 
-    def _update(self, figures: StepFigures) -> float:
-        """Update the coders and the counts; the learning rate used."""
-        lr = 0.0
+    def _plan(self) -> StepPlan:
+        cfg, revives = self.cfg, self.cfg.auxk_alpha > 0
+        dead = self.since_fired > cfg.dead_feature_threshold
+        return StepPlan(
+            cfg.grad_acc_steps,
+            cfg.micro_acc_steps,
+            cfg.objective(self.step),
+            list(dead) if revives else None,
+            cfg.bf16_selection,
+            float("fvu" in cfg.loss_fn),
+            self.spliced,
+            UpdatedAtOnce(self.clt, self.optimizers, self.world) if self._spends_at_once else None,
+        )
+
+    @property
+    def _spends_at_once(self) -> bool:
+        """Whether a table's gradient is whole, and final, when the pass has made it."""
+        one_pass = self.cfg.grad_acc_steps == self.cfg.micro_acc_steps == 1
+        return one_pass and self.spliced is None and not self._unit_norm_decoders
+
+    def _update(self, figures: StepFigures) -> None:
+        """Update the coders with the gradients that are left, and the counts."""
         if figures.tokens:  # none where every sample was bad: nothing to learn from
             if self._unit_norm_decoders:
                 self.clt.remove_gradient_parallel_to_decoder_directions()
-            lr = self.optimizers.begin(self.step)
             self.optimizers.finish()
+            self.clt.project()
+            self._learn_thresholds(figures.lowest)
         self.clt.zero_grad()
         self.step += 1
         self.clock.tokens += figures.tokens
         self.since_fired += figures.tokens
         self.since_fired[figures.fired] = 0
-        return lr
+
+    @torch.no_grad()
+    def _learn_thresholds(self, lowest: Tensor) -> None:
+        """Move batch top-k's thresholds towards the smallest activations of this step."""
+        if self.clt.cfg.activation != "batchtopk":
+            return
+        for threshold, found in zip(self.clt.threshold, lowest.to(self.clt.dtype), strict=True):
+            if found.isfinite():
+                known = threshold.isfinite() & (threshold > 0)
+                threshold.copy_(torch.where(known, threshold.lerp(found, THRESHOLD_RATE), found))
 
     def _drop_bias_noise(self) -> None:
         """Set the decoder biases' gradient to the 0 that it is where they are this batch's mean.
@@ -225,10 +269,11 @@ class Trainer:
         last = self.run.last_step()
         return "No checkpoint was saved yet." if last is None else f"Step {last} is kept."
 
-    def _initialise(self, found: Moments) -> None:
+    def _initialise(self, batch: TokenBatch, found: Moments) -> None:
         """Set the starting weights from the first batch that has tokens."""
         if self._without_weights and found.tokens:
-            self.clt.initialise(found.mean_x, found.mean_y, self.cfg.seed)
+            norms = mean_norms(batch, found, self.world) if self.clt.cfg.normalize_io else ()
+            self.clt.initialise(found.mean_x, found.mean_y, self.cfg.seed, *norms)
             self._without_weights = False
 
     def active_latents(self) -> int:
@@ -307,9 +352,14 @@ class Trainer:
         with self.optimizers.published():
             save_clt(self.clt, self.run.path)
 
+    def _numbers(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything the coders are made of, by name."""
+        for name, value in chain(self.clt.named_parameters(), self.clt.named_buffers()):
+            yield name, value.detach()
+
     def _state(self, ended: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
         of_optimizers, plain = self.optimizers.state()
-        tensors = {f"weights.{name}": p.detach() for name, p in self.clt.named_parameters()}
+        tensors = {f"weights.{name}": value for name, value in self._numbers()}
         tensors |= {f"optimizers.{name}": value for name, value in of_optimizers.items()}
         tensors["since_fired"] = self.since_fired
         tensors["rng"] = torch.get_rng_state()
@@ -343,8 +393,8 @@ class Trainer:
 
     def _take_up(self, plain: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
-            for name, parameter in self.clt.named_parameters():
-                _restore(parameter, tensors, f"weights.{name}", self.run)
+            for name, value in self._numbers():
+                _restore(value, tensors, f"weights.{name}", self.run)
             _restore(self.since_fired, tensors, "since_fired", self.run)
         torch.set_rng_state(tensors["rng"])
         prefix = "optimizers."

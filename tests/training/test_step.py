@@ -14,7 +14,7 @@ from sparsify_vlm.models import Role
 from sparsify_vlm.replacement.measures import LayerSums
 from sparsify_vlm.training.distributed import World
 from sparsify_vlm.training.sources import TokenBatch
-from sparsify_vlm.training.step import JointStep, check_finite, moments
+from sparsify_vlm.training.step import JointStep, StepPlan, check_finite, moments
 
 
 def made_up_clt(dtype: torch.dtype = torch.float64) -> Clt:
@@ -50,7 +50,7 @@ def test_moments_in_float32_are_exact_far_from_zero() -> None:
 def test_gradient_is_that_of_the_mean_of_the_batches_losses(micro: int) -> None:
     batches = [ToySource(dtype=torch.float64).global_batch(i) for i in range(2)]
     clt, plain = made_up_clt(), made_up_clt()
-    step = JointStep(clt, World(), grad_acc_steps=2, micro_acc_steps=micro)
+    step = JointStep(clt, World(), StepPlan(grad_acc_steps=2, micro_acc_steps=micro))
     for batch in batches:
         step.add(batch, moments(batch, torch.float64, World()), k=4)
     figures = step.finish()
@@ -65,7 +65,7 @@ def test_gradient_is_that_of_the_mean_of_the_batches_losses(micro: int) -> None:
 def test_figures_by_role() -> None:
     batch = ToySource(dtype=torch.float64).global_batch(0)
     clt = made_up_clt()
-    step = JointStep(clt, World(), 1, 2)
+    step = JointStep(clt, World(), StepPlan(1, 2))
     step.add(batch, moments(batch, torch.float64, World()), k=4)
     figures = step.finish()
     latents = clt.encode(batch.x)
@@ -86,7 +86,7 @@ def test_figures_are_those_of_an_evaluation_of_the_same_tokens() -> None:
     """Training and `evaluate` mean the same by FVU and L0, in total and by role."""
     batch = ToySource(dtype=torch.float64).global_batch(0)
     clt = made_up_clt()
-    step = JointStep(clt, World(), 1, 3)
+    step = JointStep(clt, World(), StepPlan(1, 3))
     step.add(batch, moments(batch, torch.float64, World()), k=4)
     figures, sums = step.finish(), LayerSums(clt)
     sums.add(batch.x, batch.y, batch.role)
@@ -97,7 +97,7 @@ def test_figures_are_those_of_an_evaluation_of_the_same_tokens() -> None:
 def test_batch_of_one_role_has_no_figure_for_the_other() -> None:
     batch = ToySource(dtype=torch.float64).global_batch(0)
     batch.role[:] = Role.TEXT
-    step = JointStep(made_up_clt(), World(), 1, 1)
+    step = JointStep(made_up_clt(), World(), StepPlan())
     step.add(batch, moments(batch, torch.float64, World()), k=4)
     fvu = step.finish().fvu
     assert fvu[1].isnan().all()
@@ -169,6 +169,7 @@ def test_autoencoder_decoders_keep_unit_norm(tmp_path: Path) -> None:
     for number in range(3):
         batch = source.global_batch(number)
         same = TokenBatch(batch.y, batch.y, batch.role)
+        trainer.optimizers.begin(number)
         figures = trainer._gradient(iter([(number, same)]), k=4)
         assert figures is not None
         trainer._update(figures)

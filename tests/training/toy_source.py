@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from sparsify_vlm.coders import Clt, CltConfig
+from sparsify_vlm.coders import Clt
 from sparsify_vlm.models import Role
 from sparsify_vlm.training.checkpoint import RunFolder
 from sparsify_vlm.training.config import CoderConfig, TrainConfig
 from sparsify_vlm.training.distributed import World
+from sparsify_vlm.training.run import coder_config
 from sparsify_vlm.training.sources import TokenBatch
 from sparsify_vlm.training.trainer import Trainer
 
@@ -83,22 +84,7 @@ def toy_trainer(
 ) -> Trainer:
     """A prepared trainer, resumed if `cfg.resume` and there is something to resume."""
     source = source or ToySource()
-    clt = Clt(
-        CltConfig(
-            d_model=D_MODEL,
-            hookpoints=source.hookpoints,
-            num_latents=cfg.sae.num_latents,
-            k=cfg.sae.k,
-            n_targets=cfg.sae.n_targets,
-            target_offset=cfg.sae.target_offset,
-            transcode=cfg.sae.transcode,
-            skip_connection=cfg.sae.skip_connection,
-            train_post_encoder=cfg.sae.train_post_encoder,
-            post_encoder_scale=cfg.sae.post_encoder_scale,
-            input_site="mlp_in" if cfg.sae.transcode else "mlp_out",
-        ),
-        dtype=dtype,
-    )
+    clt = Clt(coder_config(cfg, D_MODEL, source.hookpoints), dtype=dtype)
     run = RunFolder(Path(cfg.save_dir) / (cfg.run_name or "unnamed"))
     world = source.world
     trainer = Trainer(cfg, clt, source, run, world, quiet=True, on_step=on_step)

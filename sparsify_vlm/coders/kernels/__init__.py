@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
@@ -89,7 +90,7 @@ class Kernels:
         """A selection with any number of entries at each token."""
         return Selection(crow, col, num_latents)
 
-    def decode(self, out: Tensor, parts: list[tuple[Entries, Tensor]]) -> None:
+    def decode(self, out: Tensor, parts: Sequence[tuple[Entries, Tensor]]) -> None:
         """out[t] += Σ values · W[col] over the entries of token t of each (entries, W)."""
         for entries, W in parts:
             self._products.decode(out, entries, W)
