@@ -286,6 +286,21 @@ def test_k_of_coalesced_selection_can_be_overridden():
         clt.decode_source(3, 0, clt.encode_layer(3, x[3]), x[3])
 
 
+@torch.no_grad()
+def test_negative_writes_survive_only_where_the_number_of_places_is_fixed():
+    options = {"coalesce_topk": "concat", "topk_coalesced": True, "post_encoder_scale": True}
+    x = torch.randn(L, T, D, dtype=torch.float64)
+    for activation, kept in (("topk", True), ("batchtopk", False)):
+        clt = make(activation=activation, **options)
+        for s in range(L):
+            clt.b_enc[s].fill_(100.0)  # all latents are active
+            for scale in clt.post_scale[s]:
+                scale.fill_(-1.0)
+        written = torch.cat(clt.written_to(3, clt.encode(x)), dim=1)
+        assert bool((written < 0).any()) is kept
+        assert (written != 0).sum(1).tolist() == ([K] * T if kept else [0] * T)
+
+
 @pytest.mark.parametrize(
     ("options", "distinct"),
     [
