@@ -126,12 +126,15 @@ def joined_world() -> Iterator[World]:
         torch.cuda.set_device(device)
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with Watch(rank, size, _store_of_watch) as watch:
+    of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    holder = "the launcher" if of_launcher else f"process 0 of {size}"
+    with Watch(rank, size, _store_of_watch, holder) as watch:
         world = World(rank, size, device, watch)
         with world._losing_others():
             dist.init_process_group(
                 "gloo" if device is None else "nccl", timeout=SETUP_TIMEOUT, device_id=device
             )
+        watch.meet()
         yield world
         # Not after an exception: the others know by then, an orderly end would wait for them.
         world.barrier()

@@ -64,15 +64,18 @@ class Watch:
     """The watch of one process over the others; a context manager, entered before any waiting.
 
     `connect` makes a connection to the store that nobody else uses; it may wait for the others.
+    `holder` says who holds the store.
     """
 
-    def __init__(self, rank: int, size: int, connect: Callable[[], Store]) -> None:
-        self.rank, self.size, self._connect = rank, size, connect
+    def __init__(self, rank: int, size: int, connect: Callable[[], Store], holder: str) -> None:
+        self.rank, self.size, self._connect, self._holder = rank, size, connect, holder
         self.silence = silence_allowed()
+        self.beat = min(BEAT, self.silence / 8)
         self.last_step: Callable[[], int | None] | None = None
         """Looks up the step that --resume would continue from; None as long as nobody knows."""
         self._store: Store | None = None
         self._peers: dict[int, Peer] = {}
+        self._joined, self._met = threading.Event(), threading.Event()
         self._left, self._ending = threading.Event(), threading.Event()
         self._claiming = threading.RLock()
         self._claimed: tuple[str, bool] | None = None
@@ -101,6 +104,7 @@ class Watch:
         trace: TracebackType | None,
     ) -> None:
         """Tell the others that this process ended well, or that it says itself why it did not."""
+        self._joined.wait(5.0)  # one that ends at once may be before its own thread
         if error is None:
             self._note(f"left {self.rank}")
             self._left.set()
@@ -118,6 +122,10 @@ class Watch:
         if signal.getsignal(signal.SIGTERM) == self._terminated:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def meet(self) -> None:
+        """Wait until it is known where all processes are: from here on each death has a name."""
+        self._met.wait(START)
 
     def connection_broke(self, error: RuntimeError) -> NoReturn:
         """End over a collective that failed: with the one line, or silently if another tells it."""
@@ -148,24 +156,24 @@ class Watch:
             store.set(f"peer {self.rank}", json.dumps(asdict(Peer.own())))
             self._store = store
             self._heard = (-1, time.monotonic())
+            self._joined.set()
             while not self._left.is_set():
                 self._round(store)
-                self._left.wait(BEAT)
+                self._left.wait(self.beat if self._peers else self.beat / 20)
         except RuntimeError as error:  # the store's own errors, from every method
             self._store = None
             if not self._left.wait(2.0):  # at a good end, whoever holds the store may go first
-                lost = (
-                    f"the launcher or process 0, which holds the store, is gone ({_first(error)})"
-                )
+                lost = f"{self._holder}, which holds the run's store, is gone ({_first(error)})"
                 self._end(self._gone(self.silence) or lost)
 
     def _round(self, store: Store) -> None:
-        if time.monotonic() - self._beat_at > BEAT + self.silence / 3:
+        if time.monotonic() - self._beat_at > self.beat + self.silence / 3:
             self._heard = (self._heard[0], time.monotonic())  # it was us who slept
         store.add(f"beat {self.rank}", 1)
-        for rank in set(range(self.size)) - set(self._peers):
-            if store.check([f"peer {rank}"]):
-                self._peers[rank] = Peer(**json.loads(store.get(f"peer {rank}")))
+        keys = [f"peer {rank}" for rank in range(self.size)]
+        if not self._peers and store.check(keys):
+            self._peers = {r: Peer(**json.loads(store.get(key))) for r, key in enumerate(keys)}
+            self._met.set()
         near = sorted(r for r, peer in self._peers.items() if peer.is_near)
         neighbour = near[(near.index(self.rank) + 1) % len(near)] if near else self.rank
         if neighbour != self.rank and self._peers[neighbour].state() is State.RUNS:
@@ -181,18 +189,20 @@ class Watch:
     def _guards(self) -> None:
         while not self._left.is_set():
             before = time.monotonic()
-            for number in self._signals(BEAT):
+            for number in self._signals(self.beat):
                 if number == signal.SIGTERM and not self._ending.is_set():
                     time.sleep(0.5)  # the main thread's own handler, if it can run
                     self._end_in(ORDERLY, TERMINATED)
                     self._tell_end()
                 elif number == signal.SIGINT:
                     self._end_in(3.0, 128 + signal.SIGINT)
-            if time.monotonic() - before > self.silence / 3:
+            if time.monotonic() - before > self.beat + self.silence / 3:
                 self._beat_at = time.monotonic()  # this process was stopped
             if self._store is not None and time.monotonic() - self._beat_at > self.silence:
                 self._store = None  # the other thread is in a call to it
-                self._end(f"the store of the run has not answered for {self.silence:g} s")
+                lost = f"{self._holder}, which holds the run's store, is stopped or gone: it has"
+                lost = f"{lost} not answered for {self.silence:g} s"
+                self._end(self._gone_near() or self._stopped_near() or lost)
 
     def _signals(self, seconds: float) -> bytes:
         if self._wakes is None:
@@ -227,11 +237,17 @@ class Watch:
         if count == 0:
             never = f"process {next_one} of {self.size} has not started within {waited:.0f} s"
             return never if waited > max(START, silence) else None
-        peer = self._peers.get(next_one)
-        stopped = peer is not None and peer.is_near and peer.state() is State.STOPPED
-        what = "is stopped" if stopped else "or its machine is gone or stopped"
-        silent = f"process {next_one} of {self.size} {what}: silent for {waited:.0f} s"
-        return silent if waited > silence else None
+        if waited <= silence:
+            return None
+        silent = f"process {next_one} of {self.size} or its machine is stopped or gone: it has been"
+        return self._stopped_near() or f"{silent} silent for {waited:.0f} s"
+
+    def _stopped_near(self) -> str | None:
+        """A process of this machine that is stopped, which may well go on again."""
+        for rank, peer in list(self._peers.items()):
+            if peer.is_near and peer.state() is State.STOPPED:
+                return f"process {rank} of {self.size} is stopped (pid {peer.pid})"
+        return None
 
     def _has(self, key: str) -> bool:
         return self._store is not None and self._store.check([key])
