@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -37,7 +37,7 @@ _MPI_NAMES = {
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among those of the run."""
+    """This process's place among those that share out the tokens of each batch."""
 
     rank: int = 0
     size: int = 1
@@ -45,11 +45,24 @@ class World:
     """The CUDA device torchrun gave this process; None: none, or a single process."""
     watch: Watch | None = None
     """What ends this process when another one is gone; None for a single process."""
+    group: Any = None
+    """The process group of those that share out the tokens; None: all processes of the run."""
+    place: tuple[int, int] | None = None
+    """Rank among all processes, and their number, where several processes see the same tokens."""
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes files and prints."""
-        return self.rank == 0
+        return (self.place or (self.rank, self.size))[0] == 0
+
+    @property
+    def processes(self) -> int:
+        """The number of all processes of the run."""
+        return (self.place or (self.rank, self.size))[1]
+
+    def sharing_tokens(self, rank: int, size: int, group: Any) -> World:
+        """The world of `group`, whose `size` processes share out the tokens."""
+        return replace(self, rank=rank, size=size, group=group, place=(self.rank, self.size))
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Add each tensor up over all processes, in place."""
@@ -62,23 +75,25 @@ class World:
     def _reduce(self, tensors: Iterable[Tensor], operation: Any) -> None:
         if self.size == 1:
             return
-        with self._losing_others():
-            works = [dist.all_reduce(t, op=operation, async_op=True) for t in tensors]
+        with self.losing_others():
+            works = [
+                dist.all_reduce(t, op=operation, group=self.group, async_op=True) for t in tensors
+            ]
             for work in works:
                 work.wait()
 
     def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.size > 1:
-            with self._losing_others():
+        """Wait for all processes of the run."""
+        if self.processes > 1:
+            with self.losing_others():
                 dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
-        """The `value` of every process, in the order of the ranks."""
+        """The `value` of each process that shares out the tokens, in the order of the ranks."""
         values = [value] * self.size
         if self.size > 1:
-            with self._losing_others():
-                dist.all_gather_object(values, value)
+            with self.losing_others():
+                dist.all_gather_object(values, value, group=self.group)
         return values
 
     def first_then_others(self, make: Callable[[], Any]) -> Any:
@@ -96,7 +111,7 @@ class World:
             self.watch.last_step = last_step
 
     @contextmanager
-    def _losing_others(self) -> Iterator[None]:
+    def losing_others(self) -> Iterator[None]:
         """Turn torch's account of a broken connection into one line."""
         try:
             yield
@@ -130,7 +145,7 @@ def joined_world() -> Iterator[World]:
     holder = "the launcher" if of_launcher else f"process 0 of {size}"
     with Watch(rank, size, _store_of_watch, holder) as watch:
         world = World(rank, size, device, watch)
-        with world._losing_others():
+        with world.losing_others():
             dist.init_process_group(
                 "gloo" if device is None else "nccl", timeout=SETUP_TIMEOUT, device_id=device
             )

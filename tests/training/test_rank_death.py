@@ -143,7 +143,7 @@ class Pair:
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         common |= {"TORCHELASTIC_USE_AGENT_STORE": str(agent), SILENCE_VARIABLE: str(silence)}
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["test_rank_death", "sparsify_vlm.training.run"])
+        context.set_forkserver_preload(["sparsify_vlm.cli", "sparsify_vlm.training.run"])
         self.output = output
         self.processes = []
         for rank in range(size):
