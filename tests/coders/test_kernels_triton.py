@@ -21,8 +21,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify_vlm.coders.kernels import triton_path as path
-from sparsify_vlm.coders.kernels.entries import AdamState, Selection
+from sparsify_vlm.coders.kernels import eager as eager_products
+from sparsify_vlm.coders.kernels import triton_launch as launch
+from sparsify_vlm.coders.kernels.base import Functions
+from sparsify_vlm.coders.kernels.entries import AdamState, Entries, Selection
+from sparsify_vlm.coders.kernels.triton_path import TritonKernels
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux", reason="Triton is published for Linux alone"
@@ -54,7 +57,7 @@ def selection(shape: str, seed: int = 0) -> tuple[Selection, Tensor]:
     col = torch.stack([torch.randperm(among, generator=generator)[:k] for _ in range(T)])
     values = torch.randn(T * k, generator=generator)
     values[::4] = 0
-    return Selection.uniform(col, F), values
+    return Selection(torch.arange(T + 1) * k, col.flatten(), F, k), values
 
 
 def ragged(shape: str, seed: int = 0) -> tuple[Selection, Tensor]:
@@ -91,7 +94,7 @@ def decodes(shape: str, kind: str, dtype: torch.dtype, sources: int) -> None:
         parts.append((chosen.crow, chosen.col, values, W))
         for _, t, i, value in entry_list(chosen, values):
             expected[t] += value * W[i].double()
-    path.decode(out, parts)
+    launch.decode(out, parts)
     close(out, expected)
 
 
@@ -105,10 +108,10 @@ def backwards(shape: str, kind: str, dtype: torch.dtype, dots: bool) -> None:
     for e, t, i, value in entry_list(chosen, values):
         gradient[i] += value * G[t].double()
         products[e] = G[t].double() @ W[i].double()
-    found = path.backward(G, *sorted_entries(chosen, values), W if dots else None, out=out)
+    found = launch.backward(G, *sorted_entries(chosen, values), W if dots else None, out=out)
     close(out, gradient)
     close(found, products if dots else products[:0])
-    close(path.dots(G, chosen.crow, chosen.col, W), products)
+    close(launch.dots(G, chosen.crow, chosen.col, W), products)
 
 
 def adam(
@@ -141,7 +144,7 @@ def adam(
             "exp_avg_sq": second.double(),
         }
         optimizer.step()
-        found = path.backward_adam(
+        found = launch.backward_adam(
             G, *sorted_entries(chosen, values), W, AdamState(first, second, step, 0.01), q,
             want_dots=dots,
         )  # fmt: skip
@@ -162,17 +165,17 @@ def encodes(precision: str, T: int, F: int, d: int) -> None:
         exact = x.bfloat16().double() @ W.bfloat16().double().T + b.double()
     else:
         exact = x.double() @ W.double().T + b.double()
-    pre, maxima = path.encode(x, W, b, precision=precision)
+    pre, maxima = launch.encode(x, W, b, precision=precision)
     assert pre.dtype == maxima.dtype == torch.bfloat16
     error = (pre[:, :F].double() - exact.relu()).abs()
     assert (error <= 2**-7 * exact.relu() + 1e-5).all()
     assert (pre[:, F:] == -1).all()
-    assert torch.equal(maxima, pre.view(T, -1, path.GROUP).amax(2))
+    assert torch.equal(maxima, pre.view(T, -1, launch.GROUP).amax(2))
 
 
 def encodes_in_float32() -> None:
     x, W, b = torch.randn(18, 40), torch.randn(50, 40), torch.randn(50)
-    pre, _ = path.encode(x, W, b, precision="ieee", pre_dtype=torch.float32)
+    pre, _ = launch.encode(x, W, b, precision="ieee", pre_dtype=torch.float32)
     close(pre[:, :50], (x.double() @ W.double().T + b.double()).relu())
 
 
@@ -182,7 +185,7 @@ def selects(T: int, F: int, d: int, k: int) -> None:
     x, W, b = torch.randn(T, d), torch.randn(F, d), 0.1 * torch.randn(F)
     exact = (x.double() @ W.double().T + b.double()).relu()
     expected = exact.topk(k, dim=1)
-    values, latents = path.top(x, W, b, k)
+    values, latents = launch.top(x, W, b, k)
     chosen, wanted = torch.zeros(2, T, F).bool()
     assert torch.equal(
         chosen.scatter(1, latents, values > 0), wanted.scatter(1, expected.indices, expected[0] > 0)
@@ -197,7 +200,7 @@ def selects_where_bfloat16_does_not() -> None:
     W = torch.zeros(400, 32)
     W[:, 0] = torch.linspace(0, 0.5, 400)
     W[7, 0], W[300, 0], W[301, 0] = 1.0, 1.0001, 1.0002
-    values, latents = path.top(x, W, torch.zeros(400), 2)
+    values, latents = launch.top(x, W, torch.zeros(400), 2)
     assert (latents.sort(1).values == torch.tensor([300, 301])).all()
     close(values.sort(1).values, torch.tensor([[1.0001, 1.0002]]).double().expand(3, 2))
 
@@ -205,8 +208,8 @@ def selects_where_bfloat16_does_not() -> None:
 def largest_lie_in_the_largest_groups(F: int, count: int) -> None:
     pre = torch.randn(7, F).relu()
     pre[0] = pre[0].round()  # ties
-    padded = torch.nn.functional.pad(pre, (0, -F % path.GROUP), value=-1.0)
-    values, latents = path.largest(padded, padded.view(7, -1, path.GROUP).amax(2), count)
+    padded = torch.nn.functional.pad(pre, (0, -F % launch.GROUP), value=-1.0)
+    values, latents = launch.largest(padded, padded.view(7, -1, launch.GROUP).amax(2), count)
     assert torch.equal(values.sort(1).values, pre.sort(1).values[:, -count:])
     assert torch.equal(pre.gather(1, latents), values)
     assert all(len(set(row)) == count for row in latents.tolist())
@@ -216,21 +219,21 @@ def rescores() -> None:
     x, W, b = torch.randn(5, 70), torch.randn(20, 70), torch.randn(20)
     candidates = torch.stack([torch.randperm(20)[:6] for _ in range(5)])
     exact = x.double() @ W.double().T + b.double()
-    close(path.rescore(x, W, b, candidates), exact.gather(1, candidates))
+    close(launch.rescore(x, W, b, candidates), exact.gather(1, candidates))
 
 
 def tuned_tiles_change_no_bit() -> None:
     """What a GPU tunes at run time must not show in the result."""
     chosen, values = ragged("wide")
     parts = [(chosen.crow, chosen.col, values, torch.randn(10, 100))] * 2
-    kernel, found = path._decoder()[0], []
+    kernel, found = launch._decoder()[0], []
     for tiles in (
         {"BLOCK_T": 4, "BLOCK_D": 32, "UNROLL": 2},
         {"BLOCK_T": 2, "BLOCK_D": 128, "UNROLL": 3},
     ):
-        path._decoder = lambda tiles=tiles: (kernel, tiles)
+        launch._decoder = lambda tiles=tiles: (kernel, tiles)
         found.append(torch.zeros(6, 100))
-        path.decode(found[-1], parts)
+        launch.decode(found[-1], parts)
     assert torch.equal(*found)
 
 
@@ -238,10 +241,10 @@ def order_of_rows_changes_no_bit() -> None:
     chosen, values = selection("odd")
     G, outs = torch.randn(11, 41), [torch.zeros(24, 41) for _ in range(2)]
     entries = sorted_entries(chosen, values)
-    path.backward(G, *entries, out=outs[0])
-    path.backward(G, *entries, out=outs[1], rows=torch.arange(24))
+    launch.backward(G, *entries, out=outs[0])
+    launch.backward(G, *entries, out=outs[1], rows=torch.arange(24))
     assert torch.equal(*outs)
-    assert path.busiest_first(chosen.start)[0] == chosen.start.diff().argmax()
+    assert launch.busiest_first(chosen.start)[0] == chosen.start.diff().argmax()
 
 
 def nothing_active() -> None:
@@ -249,20 +252,20 @@ def nothing_active() -> None:
     for tokens in (0, 3):
         chosen = Selection(torch.zeros(tokens + 1, dtype=torch.int64), torch.zeros(0).long(), 4)
         values, W, G = torch.zeros(0), torch.ones(4, 5), torch.ones(tokens, 5)
-        path.decode(G, [(chosen.crow, chosen.col, values, W)])
+        launch.decode(G, [(chosen.crow, chosen.col, values, W)])
         assert (G == 1).all()
         out = torch.ones(4, 5)
-        found = path.backward(G, *sorted_entries(chosen, values), W, out=out)
+        found = launch.backward(G, *sorted_entries(chosen, values), W, out=out)
         assert not out.any()
-        assert found.shape == path.dots(G, chosen.crow, chosen.col, W).shape == (0,)
-    assert path.encode(torch.zeros(0, 5), W, torch.zeros(4))[0].shape == (0, path.GROUP)
+        assert found.shape == launch.dots(G, chosen.crow, chosen.col, W).shape == (0,)
+    assert launch.encode(torch.zeros(0, 5), W, torch.zeros(4))[0].shape == (0, launch.GROUP)
 
 
 def unaligned_tables() -> None:
     chosen, values = selection("odd")
     W = torch.randn(24 * 41 + 1)[1:].view(24, 41)
     out, expected = torch.zeros(11, 41), torch.zeros(11, 41).double()
-    path.decode(out, [(chosen.crow, chosen.col, values, W)])
+    launch.decode(out, [(chosen.crow, chosen.col, values, W)])
     for _, t, i, value in entry_list(chosen, values):
         expected[t] += value * W[i].double()
     close(out, expected)
@@ -272,17 +275,45 @@ def refusals() -> None:
     chosen, values = selection("odd")
     part = chosen.crow, chosen.col, values
     with pytest.raises(ValueError, match="contiguous"):
-        path.decode(torch.zeros(41, 11).T, [(*part, torch.zeros(24, 41))])
+        launch.decode(torch.zeros(41, 11).T, [(*part, torch.zeros(24, 41))])
     with pytest.raises(ValueError, match="float64"):
-        path.decode(torch.zeros(11, 41), [(*part, torch.zeros(24, 41).double())])
+        launch.decode(torch.zeros(11, 41), [(*part, torch.zeros(24, 41).double())])
     tables = torch.zeros(24, 41), torch.zeros(24, 41).bfloat16()
     with pytest.raises(ValueError, match="one type"):
-        path.decode(torch.zeros(11, 41), [(*part, W) for W in tables])
+        launch.decode(torch.zeros(11, 41), [(*part, W) for W in tables])
+
+
+def serves_as_path() -> None:
+    """Through what the training step calls, on tables that require a gradient."""
+    kernels, eager = TritonKernels(), Functions("eager", eager_products, eager_products)
+    chosen, values = selection("odd")
+    W = torch.nn.Parameter(torch.randn(24, 41))
+    G, b = torch.randn(11, 41), torch.randn(24)
+    table, b2 = W.detach().double(), b.double()
+    entries = Entries(kernels.ragged(chosen.crow, chosen.col, 24), values)
+    exact = Entries(chosen, values.double())
+    out, expected = torch.zeros(11, 41), torch.zeros(11, 41).double()
+    kernels.decode(out, [(entries, W), (entries, W)])
+    eager.decode(expected, [(exact, table), (exact, table)])
+    close(out, expected)
+    for found, right in zip(
+        kernels.backward(G, entries, W), eager.backward(G.double(), exact, table), strict=True
+    ):
+        close(found, right)
+    candidates = chosen.col.view(11, 3)
+    right = eager.rescore(G.double(), table, b2, candidates)
+    close(kernels.rescore(G, W, b, candidates), right)
+    assert torch.equal(kernels.top(right, 2)[0].sort(1).values, right.sort(1).values[:, 1:])
+    before = W.detach().clone()
+    state = AdamState(torch.zeros(24, 41), torch.zeros(24, 41), 1, 0.5)
+    kernels.backward_adam(G, entries, W, state)
+    gradient = eager.backward(G.double(), exact, table)[0]
+    assert torch.equal((before - W.detach()).sign(), gradient.sign().float())
 
 
 def is_available() -> None:
-    assert path.available("cpu")
-    assert not path.available("cuda")
+    assert launch.available("cpu")
+    assert not launch.available("cuda")
 
 
 def interpreted_cases() -> dict[str, Callable[[], None]]:
@@ -312,7 +343,7 @@ def interpreted_cases() -> dict[str, Callable[[], None]]:
         cases[f"largest {count} of {F}"] = partial(largest_lie_in_the_largest_groups, F, count)
     for case in (
         rescores, tuned_tiles_change_no_bit, order_of_rows_changes_no_bit, nothing_active,
-        unaligned_tables, refusals, is_available,
+        unaligned_tables, refusals, serves_as_path, is_available,
     ):  # fmt: skip
         cases[case.__name__] = case
     return cases
@@ -355,14 +386,14 @@ def test_kernels(case: str, problems: dict[str, str]) -> None:
 
 def test_not_for_the_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert not path.available("cpu")
-    assert path.available("cuda") == torch.cuda.is_available()
+    assert not launch.available("cpu")
+    assert launch.available("cuda") == torch.cuda.is_available()
 
 
 def test_not_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(path, "find_spec", lambda name: None)
-    assert not path.available("cpu")
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    assert not launch.available("cpu")
 
 
 if __name__ == "__main__":

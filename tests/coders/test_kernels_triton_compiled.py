@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sparsify_vlm.coders.kernels import triton_path as path
+from sparsify_vlm.coders.kernels import triton_launch as launch
 
 if platform.system() != "Linux":
     pytest.skip("Triton is published for Linux alone", allow_module_level=True)
@@ -38,7 +38,7 @@ def compiled(
     name: str, constants: dict[str, Any], types: dict[str, str], options: dict[str, int]
 ) -> Any:
     """What Triton makes of a kernel where pointers and d are divisible by 16."""
-    kernel = getattr(path._kernels(), name)
+    kernel = getattr(launch._kernels(), name)
     signature, divisible = {}, {}
     for place, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -69,7 +69,7 @@ def _compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("aligned", [16, 2])
 def test_decode(table: str, aligned: int) -> None:
     """Each of the tiles that are tuned."""
-    for tiles, options in each_config(path._decoder()[0]):
+    for tiles, options in each_config(launch._decoder()[0]):
         constants = {**tiles, "ALIGNED": aligned}
         made = compiled("decode", constants, {"table_like": table}, options)
         assert aligned == 2 or "ld.global.v4.b32" in made.asm["ptx"]
@@ -82,14 +82,14 @@ def test_decode(table: str, aligned: int) -> None:
 )
 @pytest.mark.parametrize("width", [96, 4096])
 def test_backward(moments: str, adam: bool, decay: bool, dots: bool, width: int) -> None:
-    constants = {"ADAM": adam, "DECAY": decay, "DOTS": dots, **path._row_tiles(width)}
+    constants = {"ADAM": adam, "DECAY": decay, "DOTS": dots, **launch._row_tiles(width)}
     types = {"W": "*fp32", "G": "*fp32", "exp_avg": moments, "exp_avg_sq": moments}
     made = compiled("backward", constants, types, {})
     assert width < 512 or "ld.global.v4.b32" in made.asm["ptx"]
 
 
 def test_dots() -> None:
-    made = compiled("dots", path._row_tiles(4096), {"W": "*fp32", "x": "*fp32"}, {})
+    made = compiled("dots", launch._row_tiles(4096), {"W": "*fp32", "x": "*fp32"}, {})
     assert "ld.global.v4.b32" in made.asm["ptx"]
 
 
@@ -100,8 +100,8 @@ def test_dots() -> None:
 def test_encode(precision: str, instruction: str) -> None:
     """Each of the tiles that are tuned."""
     kind = "*bf16" if precision == "bf16" else "*fp32"
-    fixed: dict[str, Any] = {"GROUP": path.GROUP, "WIDEN": False}
+    fixed: dict[str, Any] = {"GROUP": launch.GROUP, "WIDEN": False}
     fixed["PRECISION"] = "tf32" if precision == "tf32" else "ieee"
-    for tiles, options in each_config(path._encoder(precision)[0]):
+    for tiles, options in each_config(launch._encoder(precision)[0]):
         made = compiled("encode", {**tiles, **fixed}, {"x": kind, "W": kind}, options)
         assert instruction in made.asm["ptx"]

@@ -1,7 +1,7 @@
 # mypy: disallow-incomplete-defs=False
-"""The Triton kernels of the training step; `triton_path` launches them. Triton must be installed.
+"""The Triton kernels of the training step; `triton_launch` launches them. Triton must be installed.
 
-Names and shapes are those of `triton_path`. Pointers are to contiguous tensors; `width` is d. All
+Names and shapes are those of `triton_launch`. Pointers are to contiguous tensors; `width` is d. All
 arithmetic is in float32, whatever the tensors hold.
 
 Programs along the first axis of a grid start one after another, so that those running together
