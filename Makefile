@@ -29,9 +29,12 @@ test: lint
 	scripts/install_chromium.sh
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
+# Figures of other runs are kept on the page if they are stored beside these, for example with
+#   python scripts/bench_step.py --config B --check --json runs/bench/step_B.json
 bench: $(VENV)/.base
-	$(BIN)/python scripts/bench_step.py --size tiny
-	$(BIN)/python scripts/bench_capture.py
+	$(BIN)/python scripts/bench_step.py --config tiny A --rounds 3 --check --json runs/bench/step.json
+	$(BIN)/python scripts/bench_capture.py --samples 500 --rounds 3 --json runs/bench/tiny_llava.json
+	$(BIN)/python scripts/bench_report.py runs/bench/*.json --output docs/benchmarks.md
 
 clean:
 	rm -rf $(VENV) runs checkpoints

@@ -16,16 +16,18 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from bench import machine
+from bench.tables import capture_table, write
 
 from sparsify_vlm.data import ActivationStore, EncodedBatch, batches, open_samples, prefetched
 from sparsify_vlm.data.capture import CaptureConfig, batch_size, capture
@@ -33,18 +35,6 @@ from sparsify_vlm.models import LoadedModel, load_model
 
 Times = tuple[float, float]
 """Wall and processor seconds."""
-HEADINGS = (
-    "system",
-    "wall s",
-    "× forward",
-    "× data+fwd",
-    "min s",
-    "× forward",
-    "× data+fwd",
-    "core s",
-    "tokens/s",
-    "MB/s",
-)
 
 
 def main() -> None:
@@ -64,9 +54,12 @@ def main() -> None:
     cfg.batch_size = batch_size(cfg, loaded, list(range(loaded.stack.n_layers)))
     try:
         times = measure(cfg, loaded, args.rounds)
-        report(cfg, times, ActivationStore(cfg.output_dir), args.threads)
+        found = figures(cfg, times, ActivationStore(cfg.output_dir))
     finally:
         shutil.rmtree(folder)
+    capture_table(found).show()
+    if args.json:
+        write(args.json, "capture", found)
 
 
 def measure(cfg: CaptureConfig, loaded: LoadedModel, rounds: int) -> dict[str, list[Times]]:
@@ -88,33 +81,28 @@ def measure(cfg: CaptureConfig, loaded: LoadedModel, rounds: int) -> dict[str, l
     return times
 
 
-def report(
-    cfg: CaptureConfig, times: dict[str, list[Times]], store: ActivationStore, threads: int
-) -> None:
-    """Print medians, smallest values, ratios and rates."""
-    size = sum(file.stat().st_size for file in store.path.iterdir()) / 1e6
-    table = Table(
-        title=f"{store.n_samples} samples, {len(store)} tokens, {size:.0f} MB, batches of "
-        f"{cfg.batch_size}, {threads} threads"
-    )
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "system" else "right")
-    wall = {name: statistics.median(w for w, _ in values) for name, values in times.items()}
-    least = {name: min(w for w, _ in values) for name, values in times.items()}
-    for name, values in times.items():
-        table.add_row(
-            name,
-            f"{wall[name]:.2f}",
-            f"{wall[name] / wall['forward']:.2f}",
-            f"{wall[name] / wall['data + forward']:.2f}",
-            f"{least[name]:.2f}",
-            f"{least[name] / least['forward']:.2f}",
-            f"{least[name] / least['data + forward']:.2f}",
-            f"{min(c for _, c in values):.2f}",
-            f"{len(store) / wall[name]:.0f}",
-            f"{size / wall[name]:.0f}" if name == "capture" else "",
-        )
-    Console(width=120).print(table)
+def figures(
+    cfg: CaptureConfig, times: dict[str, list[Times]], store: ActivationStore
+) -> dict[str, Any]:
+    """Medians and smallest values of the rounds, and what was captured."""
+    return {
+        "command": " ".join(["python scripts/bench_capture.py", *sys.argv[1:]]),
+        "machine": machine.describe(),
+        "samples": store.n_samples,
+        "tokens": len(store),
+        "megabytes": sum(file.stat().st_size for file in store.path.iterdir()) / 1e6,
+        "batch_size": cfg.batch_size,
+        "rounds": len(times["capture"]),
+        "systems": [
+            {
+                "system": name,
+                "wall": statistics.median(wall for wall, _ in values),
+                "least": min(wall for wall, _ in values),
+                "core": min(core for _, core in values),
+            }
+            for name, values in times.items()
+        ],
+    }
 
 
 def _encoded(cfg: CaptureConfig, loaded: LoadedModel) -> Iterator[EncodedBatch]:
@@ -140,6 +128,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="default: capture's own")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--folder", help="where the store is written; default: a temporary folder")
     return parser.parse_args()
 

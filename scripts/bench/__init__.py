@@ -1,0 +1,1 @@
+"""Parts of the benchmarks: sizes, systems, measuring, roofline, tables."""
