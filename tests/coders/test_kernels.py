@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -71,16 +76,12 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 precisions = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 
 
-def skip_unsupported(name: str, dtype: torch.dtype) -> None:
-    if name == "triton" and dtype == torch.float64:
-        pytest.skip("Triton computes in float32 only: this combination is refused, tested below")
-
-
 @pytest.mark.parametrize("name", paths())
 @pytest.mark.parametrize("case", CASES)
 @precisions
 def test_products(name: str, case: str, dtype: torch.dtype) -> None:
-    skip_unsupported(name, dtype)
+    if name == "triton" and dtype == torch.float64:
+        return test_a_path_is_not_taken_for_types_it_lacks(pytest.MonkeyPatch())
     kernel = path(name)
     entries, G, W = CASES[case](kernel, dtype)
     decoded, outer = G.double().clone(), torch.zeros(F, D, dtype=torch.float64)
@@ -161,11 +162,33 @@ def test_no_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", kernels.PATHS)
 def test_the_variable_forces_a_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, name)
-    if name in kernels.usable("cpu"):
+    if name in kernels.usable("cpu"):  # all but triton
         assert kernels_for(torch.zeros(1000, 4), 4).name == name
     else:
         with pytest.raises(UserError, match=f"{kernels.VARIABLE}={name}"):
             kernels_for(torch.zeros(1000, 4), 4)
+
+
+def test_a_path_is_not_taken_for_types_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, dtype in (("triton", torch.float64), ("compiled", torch.bfloat16)):
+        with monkeypatch.context() as context:
+            context.setenv(kernels.VARIABLE, name)
+            with pytest.raises(UserError, match=f"{kernels.VARIABLE}={name} does not work"):
+                kernels_for(torch.zeros(1000, 4, dtype=dtype), 4)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="Triton is published for Linux alone")
+def test_triton_passes_this_file_in_its_interpreter() -> None:
+    """In a process of its own: Triton reads the variable when it is first imported."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton and not file"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert int(run.stdout.split(" passed")[0].split()[-1]) >= 14
 
 
 def test_unknown_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from functools import cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from sparsify_vlm.coders.kernels import dense, eager, portable
+from sparsify_vlm.coders.kernels import compiled, dense, eager, portable, triton_launch
+from sparsify_vlm.coders.kernels.base import Functions, Kernels
 from sparsify_vlm.coders.kernels.entries import AdamState, Entries, Selection
 from sparsify_vlm.errors import UserError
 
@@ -59,92 +58,60 @@ def prefers_dense(k: float, W: Tensor) -> bool:
     return W.shape[0] < DENSE_BELOW.get(W.device.type, math.inf) * k
 
 
-class Kernels:
-    """One implementation. `products` and `selecting` are modules like `eager`."""
-
-    fuses_adam = False
-    """Whether `backward_adam` is there."""
-
-    def __init__(self, name: str, products: ModuleType, selecting: ModuleType) -> None:
-        self.name = name
-        self._products, self._selecting = products, selecting
-
-    def __repr__(self) -> str:
-        return f"Kernels({self.name})"
-
-    def top(self, pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Values and indices [T, k] of the k largest of each row of `pre` [T, F], in no order."""
-        values, indices = self._selecting.top(pre, k)
-        return values, indices
-
-    def rescore(self, x: Tensor, W: Tensor, b: Tensor, candidates: Tensor) -> Tensor:
-        """[T, C]: ⟨x, W[c]⟩ + b[c] for each candidate c [T, C], distinct within a token."""
-        scores: Tensor = self._selecting.rescore(x, W, b, candidates)
-        return scores
-
-    def uniform(self, indices: Tensor, num_latents: int) -> Selection:
-        """A selection with the same number of entries at every token; indices [T, K]."""
-        return Selection.uniform(indices, num_latents)
-
-    def ragged(self, crow: Tensor, col: Tensor, num_latents: int) -> Selection:
-        """A selection with any number of entries at each token."""
-        return Selection(crow, col, num_latents)
-
-    def decode(self, out: Tensor, parts: Sequence[tuple[Entries, Tensor]]) -> None:
-        """out[t] += Σ values · W[col] over the entries of token t of each (entries, W)."""
-        for entries, W in parts:
-            self._products.decode(out, entries, W)
-
-    def backward(
-        self, G: Tensor, entries: Entries, W: Tensor, *, dots: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        """The gradient of W [F, d] and, with `dots`, that of the values [E] (otherwise empty),
-        given the gradient G [T, d] of what was decoded."""
-        products = self._products.dots(G, entries, W) if dots else G.new_empty(0)
-        return self._products.outer(G, entries), products
-
-    def backward_adam(
-        self,
-        G: Tensor,
-        entries: Entries,
-        W: Tensor,
-        state: AdamState,
-        decay: Tensor | None = None,
-        *,
-        dots: bool = True,
-    ) -> Tensor:
-        """Like `backward` with gradient + decay[:, None] · W, which updates W, in one pass."""
-        raise NotImplementedError
-
-
-EAGER = Kernels("eager", eager, eager)
-TORCH = Kernels("torch", portable, portable)
-
-
 @cache
 def path(name: str) -> Kernels:
     """The path of this name, or `dense`."""
-    if name == "dense":
-        return Kernels("dense", dense, portable)
-    return {"eager": EAGER, "torch": TORCH}[name]
+    match name:
+        case "eager":
+            return Functions("eager", eager, eager)
+        case "torch":
+            return Functions("torch", portable, portable)
+        case "dense":
+            return Functions("dense", dense, portable)
+        case "compiled":
+            from sparsify_vlm.coders.kernels.compiled_path import CompiledKernels
+
+            return CompiledKernels()
+        case "triton":
+            from sparsify_vlm.coders.kernels.triton_path import TritonKernels
+
+            return TritonKernels()
+    raise ValueError(f"no kernel path is called {name}")
 
 
-def usable(device: str) -> list[str]:
-    """Those of `PATHS` that work here on tensors of `device`, the slowest first."""
-    return ["eager", "torch"]
+def usable(device: str | torch.device) -> list[str]:
+    """Those of `PATHS` that work here on float32 tensors of `device`, in their order.
+
+    `triton` works on a CPU where TRITON_INTERPRET=1 makes it an interpreter, for tests.
+    """
+    found = ["eager", "torch"]
+    if torch.device(device).type == "cpu" and compiled.available():
+        found.append("compiled")
+    if triton_launch.available(device):
+        found.append("triton")
+    return found
+
+
+def _works(name: str, W: Tensor) -> bool:
+    types = {
+        "compiled": (torch.float32, torch.float64),
+        "triton": (torch.float32, torch.bfloat16),
+    }
+    return name in usable(W.device) and W.dtype in types.get(name, (W.dtype,))
 
 
 def _chosen(W: Tensor) -> Kernels:
-    here = usable(W.device.type)
     forced = os.environ.get(VARIABLE)
     if forced is None:
-        return path(here[-1])
+        fastest = "compiled" if W.device.type == "cpu" else "triton"
+        return path(fastest if _works(fastest, W) else "torch")
     if forced not in PATHS:
         raise UserError(f"{VARIABLE}={forced}: choose one of {', '.join(PATHS)}, or unset it")
-    if forced not in here:
+    if not _works(forced, W):
+        there = ", ".join(name for name in PATHS if _works(name, W))
         raise UserError(
-            f"{VARIABLE}={forced} cannot be used for {W.device.type} tensors here; choose one of "
-            f"{', '.join(here)}, or unset it"
+            f"{VARIABLE}={forced} does not work here for {W.dtype} tensors on {W.device}; choose "
+            f"one of {there}, or unset it"
         )
     return path(forced)
 
@@ -155,6 +122,6 @@ def kernels_for(W: Tensor, k: float) -> Kernels:
     Raises `UserError` if the one that SPARSIFY_VLM_KERNELS names cannot be used.
     """
     chosen = _chosen(W)
-    if chosen is not EAGER and prefers_dense(k, W):
+    if chosen.name != "eager" and prefers_dense(k, W):
         return path("dense")
     return chosen

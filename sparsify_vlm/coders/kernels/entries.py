@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-Sort = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+Sort = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass
@@ -33,17 +33,10 @@ class Selection:
     """Entries per token where it is the same for all."""
 
     sort: Sort | None = None
-    """Gives (order, start) for (col, F); None: torch's stable sort."""
+    """Gives (order, start, token) for (crow, col, F); None: torch's stable sort."""
 
     _by_latent: tuple[Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
     _row: Tensor | None = field(default=None, repr=False)
-
-    @classmethod
-    def uniform(cls, indices: Tensor, num_latents: int, sort: Sort | None = None) -> Selection:
-        """The same number of entries at every token; indices [T, K]."""
-        tokens, k = indices.shape
-        crow = torch.arange(0, tokens * k + 1, max(k, 1), device=indices.device)[: tokens + 1]
-        return cls(crow, indices.flatten(), num_latents, k, sort)
 
     @property
     def tokens(self) -> int:
@@ -75,9 +68,11 @@ class Selection:
 
     def _sorted(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._by_latent is None:
-            order, start = (self.sort or sorted_by_latent)(self.col, self.num_latents)
-            token = order.div(self.width, rounding_mode="floor") if self.width else self.row[order]
-            self._by_latent = order, start, token
+            if self.sort is not None:
+                self._by_latent = self.sort(self.crow, self.col, self.num_latents)
+            else:
+                order, start = sorted_by_latent(self.col, self.num_latents)
+                self._by_latent = order, start, self.row[order]
         return self._by_latent
 
     def counts(self, mask: Tensor) -> Tensor:

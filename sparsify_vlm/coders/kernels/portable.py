@@ -90,5 +90,7 @@ def outer(G: Tensor, entries: Entries) -> Tensor:
 
 def rescore(x: Tensor, W: Tensor, b: Tensor, candidates: Tensor) -> Tensor:
     """[T, C]: ⟨x, W[c]⟩ + b[c] for each candidate c [T, C], distinct within a token."""
-    selection = Selection.uniform(candidates, len(W))
+    tokens, width = candidates.shape
+    crow = torch.arange(0, tokens * width + 1, width, device=x.device)
+    selection = Selection(crow, candidates.flatten(), len(W), width)
     return _sampled(x, selection, W).view_as(candidates) + b[candidates]
