@@ -34,6 +34,7 @@ KINDS: dict[str, Kind] = {
             *("h", "help", "debug", "transcode", "skip_connection", "normalize_decoder"),
             *("multi_topk", "post_encoder_scale", "train_post_encoder", "filter_bos"),
             *("bf16_moments", "bf16_selection", "topk_coalesced", "per_source_tied"),
+            "stream_activations",
             *("secondary_target_tied", "normalize_io", "divide_cross_layer"),
             *("remove_first_token", "distribute_modules", "save_best", "resume", "overwrite"),
             *("log_to_wandb", "log_to_tensorboard", "log_to_trackio", "load_in_8bit"),

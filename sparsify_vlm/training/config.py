@@ -161,6 +161,11 @@ class TrainConfig(upstream.TrainConfig):
     remove_first_token: bool = False
     """Leave the first token of every sample out, whatever it is."""
 
+    stream_activations: bool = False
+    """Run the model on `micro_acc_steps` parts of a batch, one after the other, so that never more
+    than one part's activations are in memory. The model runs twice over every batch: first for
+    the variances that the loss divides by."""
+
     bf16_moments: bool = False
     """Keep Adam's two moments in bfloat16: 4 bytes per parameter instead of 8."""
 
@@ -195,6 +200,7 @@ class TrainConfig(upstream.TrainConfig):
     def __post_init__(self) -> None:
         _check_hookpoints(self)
         _check_counts(self)
+        _check_streaming(self)
         _check_objective(self)
         _check_supported(self)
         if self.resume and self.overwrite:
@@ -284,6 +290,21 @@ def _check_counts(cfg: TrainConfig) -> None:
     for name in ("lr_warmup_steps", "k_decay_steps", "dead_feature_threshold"):
         if getattr(cfg, name) < 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must not be negative")
+
+
+def _check_streaming(cfg: TrainConfig) -> None:
+    if not cfg.stream_activations:
+        return
+    if cfg.activations is not None:
+        raise UserError(
+            "--stream_activations runs the model in parts; with --activations lower --batch_tokens"
+        )
+    if cfg.micro_acc_steps == 1 or cfg.batch_size % cfg.micro_acc_steps:
+        raise UserError(
+            f"--stream_activations runs the model on --micro_acc_steps parts of a batch: "
+            f"{cfg.micro_acc_steps} does not divide --batch_size {cfg.batch_size} into equal ones; "
+            "give a divisor from 2 on"
+        )
 
 
 def _check_objective(cfg: TrainConfig) -> None:

@@ -28,7 +28,7 @@ _FREE = frozenset(
         *("sae", "hookpoints", "layers", "layer_stride"),  # the coder's own settings say it
         *("activations", "batch_size", "batch_tokens"),  # the source's identity says it
         *("max_steps", "epochs"),  # the number of steps says it, where the learning rate decays
-        *("micro_acc_steps", "dead_feature_threshold"),
+        *("micro_acc_steps", "stream_activations", "dead_feature_threshold"),
         *("run_name", "save_dir", "save_every", "resume", "overwrite"),
         *("log_every", "log_to_wandb", "log_to_tensorboard", "log_to_trackio"),
         "wandb_log_frequency",

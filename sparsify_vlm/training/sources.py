@@ -2,6 +2,9 @@
 
 Both number their batches globally, so that a run can start at any of them, and give each process
 its own part. Only counted tokens are handed on (no padding, no excluded ones).
+
+With `stream_activations` the model runs on `micro_acc_steps` parts of a batch, one after the other,
+whenever the batch's pieces are asked for: x and y of one part at a time are in memory.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -26,18 +30,57 @@ if TYPE_CHECKING:
     from sparsify_vlm.models import LoadedModel
 
 
+Inputs = dict[str, Tensor]
+"""A processor's batch; empty where it has no samples."""
+
+
+class Batch(Protocol):
+    """One process's counted tokens of one global batch."""
+
+    inputs: Sequence[Inputs]
+    """The processor's batches that the tokens come from, for losses on predictions."""
+
+    def pieces(self, count: int) -> Iterator[TokenBatch]:
+        """The tokens in about `count` pieces, at least one (which may be empty); a batch that is
+        streamed has its own number of them. Forget a piece before asking for the next one."""
+        ...
+
+
 @dataclass
 class TokenBatch:
-    """One process's counted tokens of one global batch; L layers, T tokens (T may be 0).
+    """Tokens in memory; L layers, T tokens (T may be 0).
 
-    x, y: [L, T, d_model] in the model's dtype; role: [T] uint8, see `models.Role`; inputs: the
-    processor's batch they come from, for losses on predictions (None where it has no samples).
+    x, y: [L, T, d_model] in the model's dtype, each layer contiguous; role: [T] uint8, see
+    `models.Role`.
     """
 
     x: Tensor
     y: Tensor
     role: Tensor
-    inputs: dict[str, Tensor] | None = None
+    inputs: Sequence[Inputs] = ()
+
+    def pieces(self, count: int) -> Iterator[TokenBatch]:
+        """See `Batch`."""
+        tokens = len(self.role)
+        size = -(-tokens // count) or 1
+        for first in range(0, max(tokens, 1), size):
+            part = slice(first, first + size)
+            yield TokenBatch(self.x[:, part], self.y[:, part], self.role[part])
+
+
+@dataclass
+class StreamedBatch:
+    """Tokens that are made a piece at a time, anew whenever they are asked for."""
+
+    inputs: Sequence[Inputs]
+    """One per piece."""
+    record: Callable[[Inputs], TokenBatch]
+    """Runs the model."""
+
+    def pieces(self, count: int) -> Iterator[TokenBatch]:
+        """See `Batch`; `count` is not heeded."""
+        for inputs in self.inputs:
+            yield self.record(inputs)
 
 
 class TokenSource(Protocol):
@@ -60,7 +103,7 @@ class TokenSource(Protocol):
         """The samples left out so far as "id: reason"."""
         ...
 
-    def batches(self, epoch: int, start: int) -> Iterator[TokenBatch]:
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """This process's part of the global batches of one pass, from number `start` on."""
         ...
 
@@ -118,30 +161,36 @@ class LiveSource:
         """The samples left out so far as "id: reason"."""
         return self.samples.bad
 
-    def batches(self, epoch: int, start: int) -> Iterator[TokenBatch]:
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """See `TokenSource`; every pass has the same order."""
+        parts = self.cfg.micro_acc_steps if self.cfg.stream_activations else 1
         numbered = batches(
             self.samples,
             self.loaded,
-            self.cfg.batch_size,
+            self.cfg.batch_size // parts,
             self.data.ctx_len,
-            start=start,
+            start=start * parts,
             rank=self.world.rank,
             world=self.world.size,
         )
         with closing(prefetched(numbered)) as ahead:
+            if self.cfg.stream_activations:
+                while together := [encoded.inputs for encoded in islice(ahead, parts)]:
+                    yield StreamedBatch(together, self._record)
+                return
             for encoded in ahead:
-                yield self._record(encoded.inputs) if len(encoded) else self._nothing()
+                yield self._record(encoded.inputs)
 
-    def _record(self, inputs: dict[str, Tensor]) -> TokenBatch:
+    def _record(self, inputs: Inputs) -> TokenBatch:
+        if not inputs:
+            return self._nothing()
         table = record_tokens(self.loaded, inputs, self.input_site, self.layers)
         counted = table.counted(
             self.cfg.filter_bos, self.cfg.remove_first_token, self.loaded.tokenizer.bos_token_id
         )
         counted &= torch.isin(table.input_ids, self._excluded, invert=True)
-        if bool(counted.all()):
-            return TokenBatch(table.x, table.y, table.role, inputs)
-        return TokenBatch(table.x[:, counted], table.y[:, counted], table.role[counted], inputs)
+        x, y = (compacted(values, counted) for values in (table.x, table.y))
+        return TokenBatch(x, y, table.role[counted], [inputs])
 
     def _nothing(self) -> TokenBatch:
         none = torch.empty(len(self.layers), 0, self.d_model, device=self.device)
@@ -230,4 +279,13 @@ class StoreSource:
     def _chosen(self, values: Tensor, counted: Tensor) -> Tensor:
         if len(self.layers) < len(values):
             values = values[self.layers]
-        return (values if bool(counted.all()) else values[:, counted]).to(self.device)
+        return compacted(values, counted).to(self.device)
+
+
+def compacted(values: Tensor, counted: Tensor) -> Tensor:
+    """values[:, counted] of values [L, T, d] in the same memory, which is overwritten."""
+    n = int(counted.sum())
+    if n < len(counted):
+        for layer in values:
+            layer[:n] = layer[counted]
+    return values[:, :n]

@@ -11,7 +11,7 @@ Image tokens are never predicted, so what stands before one is not scored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,22 +44,27 @@ class SplicedLoss:
         excluded = ExcludedTokens.as_trained(trained, self.loaded.tokenizer)
         self._spliced = VLMReplacementModel(self.loaded, self.clt, excluded)
 
-    def backward(self, inputs: Mapping[str, Any] | None, weight: float) -> Tensor:
+    def backward(self, batches: Sequence[Mapping[str, Any]], weight: float) -> Tensor:
         """Add the gradient of `weight` times this process's part of the loss to the parameters'
-        `.grad`; that part, a float64 scalar. `inputs` None: this process has no samples.
+        `.grad`; that part, a float64 scalar. The model is run on one of `batches` after the other;
+        one without samples is empty.
 
         Every process must call this together.
         """
-        nothing = torch.zeros((), dtype=torch.float64, device=self.clt.device)
-        number = nothing.clone()
-        if inputs is not None:
-            inputs = self.loaded.to_device(inputs)
-            scored = self._scored(inputs)
-            number += scored.sum()
-        alone = bool(number)
+        total = torch.zeros((), dtype=torch.float64, device=self.clt.device)
+        number = total.clone()
+        for inputs in filter(None, batches):
+            number += self._scored(self.loaded.to_device(inputs)).sum()
         self.world.sum_([number])
-        if inputs is None or not alone:
-            return nothing
+        for inputs in filter(None, batches):
+            total += self._backward(self.loaded.to_device(inputs), number, weight)
+        return total
+
+    def _backward(self, inputs: Mapping[str, Any], number: Tensor, weight: float) -> Tensor:
+        """Of one batch's share of the loss over `number` positions."""
+        scored = self._scored(inputs)
+        if not bool(scored.any()):
+            return torch.zeros_like(number)
         own = None
         if self.cfg.loss_fn != "ce":
             own = _rows(self.loaded.forward(inputs, logits=True).logits, scored).log_softmax(-1)
@@ -73,7 +78,7 @@ class SplicedLoss:
                 total = functional.kl_div(log_q, own, reduction="sum", log_target=True)
             loss = self.cfg.kl_coeff * total / number.to(total)
             (weight * loss).backward()
-        return loss.detach().double().to(nothing.device)
+        return loss.detach().double().to(number.device)
 
     def _scored(self, inputs: Mapping[str, Any]) -> Tensor:
         """bool [B, S-1]: positions that are no padding and whose next token is text."""

@@ -8,6 +8,13 @@ A global batch b has n tokens in all processes together. Its loss is Σ_t sse_t 
 
 so that an FVU of 1 means, for each role, no better than that role's own mean. The step's loss is
 the mean of its `grad_acc_steps` batches' losses; micro-batches only split the sums.
+
+V_t must be known before the first gradient. A batch that comes in pieces is therefore gone through
+twice: V about each piece's own mean, V_i, can be added up piece by piece (Chan et al. 1979),
+
+    V_t = Σ_i V_i + n_i ‖ȳ_i − ȳ_t‖²
+
+which never subtracts large numbers, and pieces and processes are added up in the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ from sparsify_vlm.errors import UserError
 from sparsify_vlm.models import Role
 from sparsify_vlm.training.at_once import UpdatedAtOnce
 from sparsify_vlm.training.distributed import World
-from sparsify_vlm.training.sources import TokenBatch
+from sparsify_vlm.training.sources import Batch, TokenBatch
 from sparsify_vlm.training.spliced import SplicedLoss
 
 GROUPS = ("all", "image", "text")
@@ -69,39 +76,93 @@ def membership(role: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([every, role == Role.IMAGE, role == Role.TEXT]).to(dtype)
 
 
-def moments(batch: TokenBatch, dtype: torch.dtype, world: World) -> Moments:
+@dataclass
+class _Sums:
+    """Of the tokens gone through so far, float64; the three `GROUPS` first."""
+
+    counts: Tensor
+    """[3]."""
+    x: Tensor
+    """[L, d]: Σ x over all tokens."""
+    y: Tensor
+    """[3, L, d]: Σ y."""
+    spread: Tensor
+    """[3, L]: Σ‖y − mean of these tokens‖²."""
+
+    @classmethod
+    def of(cls, piece: TokenBatch, dtype: torch.dtype) -> _Sums:
+        """Of one piece. Differences are taken in `dtype`, one layer at a time."""
+        n_layers, _, d = piece.x.shape
+        member = membership(piece.role, dtype)
+        counts = member.sum(1, dtype=torch.float64)
+        found = cls(
+            counts,
+            counts.new_zeros(n_layers, d),
+            counts.new_zeros(3, n_layers, d),
+            counts.new_zeros(3, n_layers),
+        )
+        for layer in range(n_layers):
+            found.x[layer] = piece.x[layer].sum(0, dtype=torch.float64)
+            y = piece.y[layer].to(dtype)
+            mean = (y.sum(0, dtype=torch.float64) / counts[0].clamp(min=1)).to(dtype)
+            centred = y - mean
+            squares = member.double() @ centred.square().sum(1, dtype=torch.float64)
+            sums = (member @ centred).double()
+            found.spread[:, layer] = squares - sums.square().sum(1) / counts.clamp(min=1)
+            found.y[:, layer] = sums + counts[:, None] * mean
+        return found
+
+    def means(self) -> Tensor:
+        """[3, L, d] of y."""
+        return self.y / self.counts.clamp(min=1)[:, None, None]
+
+    def about(self, means: Tensor) -> Tensor:
+        """[3, L]: Σ‖y − means‖²."""
+        return self.spread + self.counts[:, None] * (self.means() - means).square().sum(2)
+
+    def add(self, other: _Sums) -> None:
+        """Take `other`'s tokens in."""
+        counts, x, y = self.counts + other.counts, self.x + other.x, self.y + other.y
+        means = y / counts.clamp(min=1)[:, None, None]
+        self.spread = self.about(means) + other.about(means)
+        self.counts, self.x, self.y = counts, x, y
+
+
+def moments(batch: Batch, dtype: torch.dtype, world: World) -> Moments:
     """Means and variances of a global batch. Differences are taken in `dtype`."""
-    n_layers, _, d = batch.x.shape
-    sums = torch.zeros(2, n_layers, d, dtype=torch.float64, device=batch.x.device)
-    for layer in range(n_layers):
-        sums[0, layer] = batch.x[layer].sum(0, dtype=torch.float64)
-        sums[1, layer] = batch.y[layer].sum(0, dtype=torch.float64)
-    member = membership(batch.role, dtype)
-    counts = member.sum(1, dtype=torch.float64)
-    world.sum_([sums, counts])
-    mean_x, mean_y = sums / counts[0].clamp(min=1)
-    squares = torch.zeros(3, n_layers, dtype=torch.float64, device=sums.device)
-    centred_sums = torch.zeros(3, n_layers, d, dtype=torch.float64, device=sums.device)
-    for layer in range(n_layers):
-        centred = batch.y[layer].to(dtype) - mean_y[layer].to(dtype)
-        squares[:, layer] = member.double() @ centred.square().sum(1, dtype=torch.float64)
-        centred_sums[:, layer] = (member @ centred).double()
-    world.sum_([squares, centred_sums])
-    variance = squares - centred_sums.square().sum(2) / counts.clamp(min=1)[:, None]
-    return Moments(int(counts[0]), mean_x, mean_y, variance.clamp(min=0))
+    sums: _Sums | None = None
+    for piece in batch.pieces(1):
+        found = _Sums.of(piece, dtype)
+        del piece  # before the next one is made
+        if sums is None:
+            sums = found
+        else:
+            sums.add(found)
+    assert sums is not None, "a batch has at least one piece, if an empty one"
+    counts, x, y = sums.counts.clone(), sums.x, sums.y.clone()
+    world.sum_([counts, x, y])
+    means = y / counts.clamp(min=1)[:, None, None]
+    spread = sums.about(means)
+    world.sum_([spread])
+    mean_x = x / counts[0].clamp(min=1)
+    return Moments(int(counts[0]), mean_x, means[0], spread.clamp(min=0))
 
 
-def mean_norms(batch: TokenBatch, found: Moments, world: World) -> tuple[Tensor, Tensor]:
+def mean_norms(batch: Batch, found: Moments, world: World) -> tuple[Tensor, Tensor]:
     """Mean over a global batch's tokens of ‖x‖ and of ‖y‖, each [L] float64."""
-    sums = torch.stack(
-        [
-            torch.stack([layer.float().norm(dim=1).sum(dtype=torch.float64) for layer in values])
-            for values in (batch.x, batch.y)
-        ]
-    )
+    sums = torch.zeros(2, len(found.mean_x), dtype=torch.float64, device=found.mean_x.device)
+    for piece in batch.pieces(1):
+        for layer in range(len(piece.x)):
+            sums[0, layer] += _sum_of_norms(piece.x[layer])
+            sums[1, layer] += _sum_of_norms(piece.y[layer])
+        del piece  # before the next one is made
     world.sum_([sums])
     mean_x, mean_y = sums / found.tokens
     return mean_x, mean_y
+
+
+def _sum_of_norms(values: Tensor) -> Tensor:
+    return values.float().norm(dim=1).sum(dtype=torch.float64)
 
 
 def check_finite(found: Moments, cfg: CltConfig, batch: int, last: str) -> None:
@@ -152,28 +213,25 @@ class JointStep:
         self._lowest = torch.zeros(2, coders, **wide)  # sum and number
         self._fired = torch.zeros(coders, clt.cfg.num_latents, dtype=torch.uint8, device=clt.device)
 
-    def add(self, batch: TokenBatch, found: Moments, k: int) -> None:
+    def add(self, batch: Batch, found: Moments, k: int) -> None:
         """Add one batch's gradient, with `k` active latents per token."""
         if found.tokens == 0:  # every sample of it was skipped
             return
         self.tokens += found.tokens
         self._variance += found.variance
-        member = membership(batch.role, torch.float64)
-        tokens = batch.x.shape[1]
-        size = -(-tokens // self.plan.micro_acc_steps) or 1
-        for first in range(0, max(tokens, 1), size):  # all processes take part in every sum
-            part = slice(first, first + size)
-            self._add_part(batch.x[:, part], batch.y[:, part], member[:, part], found, k)
+        for piece in batch.pieces(self.plan.micro_acc_steps):
+            self._add_piece(piece, found, k)
+            del piece  # before the next one is made
         if self.plan.spliced is not None:
             weight = 1 / self.plan.grad_acc_steps
             self._parts[0] += weight * self.plan.spliced.backward(batch.inputs, weight)
 
-    def _add_part(self, x: Tensor, y: Tensor, member: Tensor, found: Moments, k: int) -> None:
+    def _add_piece(self, piece: TokenBatch, found: Moments, k: int) -> None:
         plan, weight = self.plan, 1 / self.plan.grad_acc_steps
         stats = forward_backward(
             self.clt,
-            x,
-            y,
+            piece.x,
+            piece.y,
             variance=found.variance[0],
             weight=weight,
             k=k,
@@ -184,6 +242,7 @@ class JointStep:
             bf16_selection=plan.bf16_selection,
             reconstruction=plan.reconstruction,
         )
+        member = membership(piece.role, torch.float64)
         self._parts += weight * torch.stack([stats.loss, stats.penalty, stats.auxk])
         self._sse += member @ stats.errors.double().T
         self._count(stats, member)

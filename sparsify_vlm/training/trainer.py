@@ -13,26 +13,26 @@ used, so a resumed run goes on as if it had not stopped.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparsify_vlm.coders import Clt, save_clt
+from sparsify_vlm.coders import Clt
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.progress import Progress
+from sparsify_vlm.training import state
 from sparsify_vlm.training.at_once import UpdatedAtOnce
 from sparsify_vlm.training.checkpoint import RunFolder, disk_full_explained
 from sparsify_vlm.training.config import TrainConfig
 from sparsify_vlm.training.distributed import World
 from sparsify_vlm.training.metrics import Line, Metrics, metrics_line
 from sparsify_vlm.training.optimizers import Optimizers
-from sparsify_vlm.training.sources import TokenBatch, TokenSource
+from sparsify_vlm.training.sources import Batch, TokenSource
 from sparsify_vlm.training.spliced import SplicedLoss
+from sparsify_vlm.training.state import Clock
 from sparsify_vlm.training.step import (
     JointStep,
     Moments,
@@ -47,28 +47,6 @@ Callback = Callable[[Line], None]
 
 THRESHOLD_RATE = 0.01
 """How far batch top-k's threshold moves in a step towards the batch's smallest activation."""
-
-
-@dataclass
-class Clock:
-    """Time and tokens of the run, earlier parts of a resumed one included."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-    _since: float = 0.0
-    _last: tuple[float, int] = (0.0, 0)
-
-    def start(self) -> None:
-        """Go on counting."""
-        self._since = time.monotonic() - self.seconds
-        self._last = (self.seconds, self.tokens)
-
-    def tick(self) -> float:
-        """Update `seconds`; tokens per second since the last tick."""
-        self.seconds = time.monotonic() - self._since
-        seconds, tokens = self.seconds - self._last[0], self.tokens - self._last[1]
-        self._last = (self.seconds, self.tokens)
-        return tokens / max(seconds, 1e-9)
 
 
 def planned_steps(cfg: TrainConfig, n_batches: int | None) -> int | None:
@@ -115,7 +93,7 @@ class Trainer:
         self.optimizers = Optimizers(trained, cfg, clt.cfg.num_latents, self.total)
         self.step = 0
         self.clock = Clock()
-        self._without_weights = cfg.finetune is None
+        self.without_weights = cfg.finetune is None
         torch.manual_seed(cfg.seed)  # for whatever a model may draw; `load` restores a run's own
         self.since_fired = torch.zeros(
             len(clt.cfg.source_layers()), clt.cfg.num_latents, dtype=torch.int64, device=clt.device
@@ -164,7 +142,7 @@ class Trainer:
             if self.step % self.cfg.save_every == 0 and not self.finished:
                 self.save(metrics)
 
-    def _numbered_batches(self) -> Iterator[tuple[int, TokenBatch]]:
+    def _numbered_batches(self) -> Iterator[tuple[int, Batch]]:
         """Batches with their numbers from this step's first on, pass after pass."""
         number = self.step * self.cfg.grad_acc_steps
         epoch, start = (
@@ -173,6 +151,7 @@ class Trainer:
         while True:
             for batch in self.source.batches(epoch, start):
                 yield number, batch
+                del batch  # before the next one is made
                 number += 1
             if self.source.n_batches is None:
                 return
@@ -182,10 +161,10 @@ class Trainer:
         if self.total is not None:
             print(f"The data ended after {self.step} of {self.total} steps.")
 
-    def _gradient(self, batches: Iterator[tuple[int, TokenBatch]], k: int) -> StepFigures | None:
+    def _gradient(self, batches: Iterator[tuple[int, Batch]], k: int) -> StepFigures | None:
         """The gradient of this step's batches and their figures; None if the data ends before."""
         step = JointStep(self.clt, self.world, self._plan())
-        fresh, taken = self._without_weights, 0
+        fresh, taken = self.without_weights, 0
         for number, batch in islice(batches, self.cfg.grad_acc_steps):
             found = moments(batch, self.clt.dtype, self.world)
             check_finite(found, self.clt.cfg, number, self._last_kept())
@@ -194,6 +173,7 @@ class Trainer:
                 self.clt.set_decoder_norm_to_unit_norm()
             step.add(batch, found, k)
             taken += 1
+            del batch  # before the next one is made
         if taken < self.cfg.grad_acc_steps:
             self.clt.zero_grad()
             return None
@@ -269,12 +249,12 @@ class Trainer:
         last = self.run.last_step()
         return "No checkpoint was saved yet." if last is None else f"Step {last} is kept."
 
-    def _initialise(self, batch: TokenBatch, found: Moments) -> None:
+    def _initialise(self, batch: Batch, found: Moments) -> None:
         """Set the starting weights from the first batch that has tokens."""
-        if self._without_weights and found.tokens:
+        if self.without_weights and found.tokens:
             norms = mean_norms(batch, found, self.world) if self.clt.cfg.normalize_io else ()
             self.clt.initialise(found.mean_x, found.mean_y, self.cfg.seed, *norms)
-            self._without_weights = False
+            self.without_weights = False
 
     def active_latents(self) -> int:
         """k of this step: with `k_decay_steps`, linear from 10 times the width down to `--k`."""
@@ -332,44 +312,9 @@ class Trainer:
             with disk_full_explained(self.run):
                 if metrics is not None:
                     metrics.sync()
-                plain, tensors = self._state(ended)
-                self.run.save_state(self.step, plain, tensors)
-                self.publish()
+                self.run.save_state(self.step, *state.of(self, ended))
+                state.publish(self)
         self.world.barrier()
-
-    def publish(self) -> None:
-        """Write the coder folders and clt.json."""
-        self.clt.cfg.training = {
-            "step": self.step,
-            "tokens": self.clock.tokens,
-            "optimizer": self.cfg.optimizer,
-            "lr": self.optimizers.lr,
-            "seed": self.cfg.seed,
-            "filter_bos": self.cfg.filter_bos,
-            "remove_first_token": self.cfg.remove_first_token,
-            "exclude_tokens": self.cfg.exclude_tokens,
-        }
-        with self.optimizers.published():
-            save_clt(self.clt, self.run.path)
-
-    def _numbers(self) -> Iterator[tuple[str, Tensor]]:
-        """Everything the coders are made of, by name."""
-        for name, value in chain(self.clt.named_parameters(), self.clt.named_buffers()):
-            yield name, value.detach()
-
-    def _state(self, ended: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        of_optimizers, plain = self.optimizers.state()
-        tensors = {f"weights.{name}": value for name, value in self._numbers()}
-        tensors |= {f"optimizers.{name}": value for name, value in of_optimizers.items()}
-        tensors["since_fired"] = self.since_fired
-        tensors["rng"] = torch.get_rng_state()
-        self.clock.tick()
-        return {
-            "tokens": self.clock.tokens,
-            "seconds": self.clock.seconds,
-            "ended": ended,
-            "optimizers": plain,
-        }, tensors
 
     def load(self) -> bool:
         """Go on from the run's last state; whether that was the run's end. Publishes it again.
@@ -381,46 +326,20 @@ class Trainer:
             return False
         plain, tensors = loaded
         try:
-            self._take_up(plain, tensors)
+            state.take_up(self, plain, tensors)
         except KeyError as error:
             raise UserError(
                 f"{self.run.path}/resume lacks {error}: it is damaged, the run cannot be resumed"
             ) from None
         if self.world.is_first:
             with disk_full_explained(self.run):
-                self.publish()
+                state.publish(self)
         return self.finished or (plain["ended"] and self.total is None)
-
-    def _take_up(self, plain: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in self._numbers():
-                _restore(value, tensors, f"weights.{name}", self.run)
-            _restore(self.since_fired, tensors, "since_fired", self.run)
-        torch.set_rng_state(tensors["rng"])
-        prefix = "optimizers."
-        self.optimizers.load_state(
-            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
-            plain["optimizers"],
-        )
-        self.step, self._without_weights = int(plain["step"]), False
-        self.clock = Clock(plain["seconds"], plain["tokens"])
 
 
 def _no_token(steps: int, skipped: list[str]) -> str:
     why = f"{skipped[0]} was skipped" if skipped else "--exclude_tokens leaves none, or all are BOS"
     return f"there was no token to train on in {steps} steps ({why}); nothing was saved"
-
-
-def _restore(
-    into: Tensor | nn.Parameter, tensors: dict[str, Tensor], key: str, run: RunFolder
-) -> None:
-    found = tensors.get(key)
-    if found is None or found.shape != into.shape:
-        raise UserError(
-            f"{run.path}/resume: tensor '{key}' is missing or has another shape; the run cannot be "
-            "resumed"
-        )
-    into.copy_(found)
 
 
 def _shown(line: Line) -> dict[str, object]:

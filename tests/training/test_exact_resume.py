@@ -14,6 +14,7 @@ from toy_source import ToySource, toy_config, toy_trainer
 
 from sparsify_vlm.coders import load_clt
 from sparsify_vlm.errors import UserError
+from sparsify_vlm.training import state
 from sparsify_vlm.training.metrics import read_metrics
 from sparsify_vlm.training.trainer import Trainer
 
@@ -102,7 +103,7 @@ def test_published_coders_are_the_averaged_weights_and_publishing_changes_nothin
         average = (y.double() - 0.05 * z) / 0.95  # y = 0.95 x + 0.05 z
         torch.testing.assert_close(loaded.double(), average, rtol=1e-5, atol=1e-6)
         assert not torch.equal(loaded, y)
-    trainer.publish()
+    state.publish(trainer)
     for p, y in zip(trainer.clt.parameters(), before, strict=True):
         assert torch.equal(p, y)
 

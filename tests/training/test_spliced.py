@@ -53,7 +53,7 @@ def test_value_and_gradient(kind: str, case, tmp_path: Path) -> None:
     cfg = toy_config(tmp_path, loss_fn=kind, kl_coeff=2.0)
     spliced = SplicedLoss(loaded, clt, cfg, World())
     clt.zero_grad()
-    loss = spliced.backward(inputs, 0.5)
+    loss = spliced.backward([inputs], 0.5)
     assert loss.item() == pytest.approx(2 * plain_loss(kind, loaded, clt, inputs), rel=1e-4)
     assert all(not p.requires_grad for p in loaded.model.parameters())
     for parameter in (clt.W_dec[0][1], clt.W_enc[1], clt.b_dec[0]):
@@ -73,5 +73,5 @@ def test_a_process_without_samples_adds_nothing(case, tmp_path: Path) -> None:
     loaded, clt, _ = case
     spliced = SplicedLoss(loaded, clt, toy_config(tmp_path, loss_fn="kl"), World())
     clt.zero_grad()
-    assert spliced.backward(None, 1.0).item() == 0
+    assert spliced.backward([{}], 1.0).item() == 0
     assert all(p.grad is None for p in clt.parameters())
