@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from sparsify_vlm.data.encoding import EncodedBatch, decode_images, encode_decoded
 from sparsify_vlm.data.images import BadSample
+from sparsify_vlm.data.prompts import Prompter
 from sparsify_vlm.data.rows import Sample
 from sparsify_vlm.data.sources import SampleSource
 
@@ -50,17 +51,19 @@ def batches(
         BadSample: for a sample that cannot be used, unless the source's configuration skips those.
     """
     numbered = source.pending(start * batch_size * world)
+    prompter = Prompter.of(loaded)
     with ThreadPoolExecutor(min(DECODING_THREADS, os.cpu_count() or 1)) as pool:
         while part := list(islice(numbered, batch_size * world)):
             n = len(part)
             mine = part[n * rank // world : n * (rank + 1) // world]
             samples = [s for s in map(source.resolve, mine) if s is not None]
-            yield _encode_usable(source, loaded, samples, ctx_len, with_answer, pool)
+            yield _encode_usable(source, loaded, prompter, samples, ctx_len, with_answer, pool)
 
 
 def _encode_usable(
     source: SampleSource,
     loaded: LoadedModel,
+    prompter: Prompter,
     samples: Sequence[Sample],
     ctx_len: int,
     with_answer: bool,
@@ -85,7 +88,9 @@ def _encode_usable(
     while usable:
         kept, decoded = zip(*usable, strict=True)
         try:
-            return encode_decoded(loaded, kept, decoded, ctx_len, with_answer=with_answer)
+            return encode_decoded(
+                loaded, kept, decoded, ctx_len, with_answer=with_answer, prompter=prompter
+            )
         except BadSample as error:
             source.skip(error)
             usable = [pair for pair in usable if pair[0].id != error.id]

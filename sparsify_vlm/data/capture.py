@@ -1,7 +1,7 @@
 """Storing what a model's MLPs read and write on a dataset: `capture`.
 
     encoding thread        samples → the processor's batches
-    this thread            batch → forward, with x and y of every layer copied out as they appear
+    lanes (this thread)    batch → forward, with x and y of every layer copied out as they appear
     writing thread         rows → shards on disk (`store_writer.py`)
 
 The model is run once; every activation is stored once. A capture that was cut off is continued by
@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -69,7 +70,8 @@ class CaptureConfig(DataConfig):
 
     batch_size: int | None = None
     """Samples that the model sees at a time. Default: as many as keep x and y of 1,024 tokens each
-    within 4 GiB, at most 64."""
+    within 4 GiB, at most 64. On a CPU up to four such batches run side by side where they are small
+    enough to keep within 4 GiB together."""
 
     shard_tokens: int | None = None
     """Tokens per shard; the batch that reaches them is its last. Default: as many as fill 64 MiB.
@@ -158,15 +160,24 @@ def _run(
     writer: StoreWriter,
 ) -> None:
     from sparsify_vlm.data.batching import prefetched
+    from sparsify_vlm.data.lanes import in_order, lanes, threads_divided
     from sparsify_vlm.progress import Progress
 
-    encoded = _encoded(cfg, batch_size(cfg, loaded, layers), loaded, source, writer.batches)
+    size = batch_size(cfg, loaded, layers)
+    models = lanes(loaded, BATCH_BYTES // (size * _sample_bytes(loaded, layers)))
+    workers = [partial(_token_rows, cfg, model, layers) for model in models]
     done = writer.samples + len(writer.skipped)
     bar = Progress("Capturing", source.size, unit="samples", initial=done, quiet=cfg.quiet)
-    with bar, closing(prefetched(encoded)) as ahead:
-        for batch, skipped in ahead:
-            writer.add(_token_rows(cfg, loaded, layers, batch, skipped))
-            bar.update(len(batch) + len(skipped))
+    encoded = prefetched(_encoded(cfg, size, loaded, source, writer.batches))
+    with (
+        bar,
+        threads_divided(len(models)),
+        closing(encoded),
+        closing(in_order(encoded, workers)) as made,
+    ):
+        for rows in made:
+            writer.add(rows)
+            bar.update(len(rows.samples) + len(rows.skipped))
         writer.finish()
 
 
@@ -187,8 +198,7 @@ def _token_rows(
     cfg: CaptureConfig,
     loaded: LoadedModel,
     layers: list[int],
-    batch: EncodedBatch,
-    skipped: list[str],
+    encoded: tuple[EncodedBatch, list[str]],
 ) -> TokenRows:
     """Run the model on a batch and bring the rows to the CPU, in the stored dtype."""
     import torch
@@ -196,6 +206,7 @@ def _token_rows(
     from sparsify_vlm.data.store_writer import TokenRows
     from sparsify_vlm.models import record_tokens
 
+    batch, skipped = encoded
     dtype = getattr(torch, cfg.dtype)
     if not len(batch):
         return _no_rows(len(layers), loaded.stack.d_model, dtype, skipped)
@@ -276,8 +287,12 @@ def batch_size(cfg: CaptureConfig, loaded: LoadedModel, layers: list[int]) -> in
     """`--batch_size`, or its default for this model and these layers."""
     if cfg.batch_size is not None:
         return cfg.batch_size
-    per_token = 2 * len(layers) * loaded.stack.d_model * loaded.dtype.itemsize
-    return min(max(1, BATCH_BYTES // (SAMPLE_TOKENS * per_token)), BATCH_MOST)
+    return min(max(1, BATCH_BYTES // _sample_bytes(loaded, layers)), BATCH_MOST)
+
+
+def _sample_bytes(loaded: LoadedModel, layers: list[int]) -> int:
+    """Of x and y of a sample of 1,024 tokens, as the model makes them."""
+    return SAMPLE_TOKENS * 2 * len(layers) * loaded.stack.d_model * loaded.dtype.itemsize
 
 
 def _default_shard_tokens(cfg: CaptureConfig, loaded: LoadedModel, layers: list[int]) -> int:

@@ -134,9 +134,13 @@ def encode_decoded(
     ctx_len: int,
     *,
     with_answer: bool = True,
+    prompter: Prompter | None = None,
 ) -> EncodedBatch:
-    """`encode` of samples whose images are decoded already, one list of images per sample."""
-    prompter = Prompter.of(loaded)
+    """`encode` of samples whose images are decoded already, one list of images per sample.
+
+    `prompter` is the model's, kept by callers with many batches: it remembers what it rendered.
+    """
+    prompter = prompter or Prompter.of(loaded)
     samples = list(samples) if with_answer else [s.without_answer() for s in samples]
     prompts = [None if s.input_ids is not None else prompter.render(s) for s in samples]
     _check_tokens(loaded, prompter, samples, prompts)
@@ -222,6 +226,8 @@ def _process_shown(
 def _call(
     prompter: Prompter, prompts: Sequence[Prompt], images: list[list[Image]]
 ) -> dict[str, Tensor]:
+    from sparsify_vlm.models.processors import idle_steps
+
     if prompter.tokens.pad_token is None:
         prompter.tokens.pad_token = prompter.tokens.eos_token
     pairs: dict[str, Any] = {}
@@ -235,6 +241,7 @@ def _call(
         return_tensors="pt",
         add_special_tokens=prompter.adds_special_tokens(prompts[0].text),
         **pairs,
+        **idle_steps(prompter.processor, [image for shown in images for image in shown]),
     )
     return {key: value for key, value in batch.items() if key != "labels"}
 

@@ -8,9 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,10 @@ from sparsify_vlm.data.rows import IMAGE_MARK, Sample, Turn
 
 if TYPE_CHECKING:
     from sparsify_vlm.models import LoadedModel
+
+
+REMEMBERED = 4096
+"""Conversations whose rendering is kept: questions come again, and templates are slow."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,21 @@ class Prompter:
             return Prompt(self._prefix(sample.without_answer().turns), suffix)
         if not self.has_template:
             return Prompt(self._llava(sample.turns, open_turn))
-        messages = [self._message(turn) for turn in sample.turns]
         try:
-            text: str = self.processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=open_turn
-            )
+            return Prompt(self._templated(sample.turns, open_turn))
         except (TemplateError, ValueError) as error:
             raise BadSample(sample.id, f"the chat template refuses its turns: {error}") from None
-        return Prompt(text if open_turn else self._closed(text, str(sample.answer)))
+
+    @cached_property
+    def _templated(self) -> Callable[[tuple[Turn, ...], bool], str]:
+        return lru_cache(REMEMBERED)(self._apply_template)
+
+    def _apply_template(self, turns: tuple[Turn, ...], open_turn: bool) -> str:
+        messages = [self._message(turn) for turn in turns]
+        text: str = self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=open_turn
+        )
+        return text if open_turn else self._closed(text, turns[-1].text)
 
     def _message(self, turn: Turn) -> dict[str, Any]:
         if self.image_token is None:

@@ -11,7 +11,6 @@ A shard exists once its line does: the line is written after both files are safe
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsify_vlm.aliases import HUB_ALIASES
+from sparsify_vlm.data.direct_file import direct_file
 from sparsify_vlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -162,19 +162,15 @@ def write_tensor_file(
     """
     import torch
 
-    digest = hashlib.sha256()
     header = _header(pieces, axis, metadata)
-    with path.open("wb") as file:
-        for part in (len(header).to_bytes(8, "little"), header):
-            file.write(part)
-            digest.update(part)
+    with direct_file(path) as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
         for name, tensors in pieces.items():
             for rows in _in_order(tensors, axis[name]):
                 if rows.numel():
-                    raw = rows.reshape(-1).view(torch.uint8).numpy().data
-                    file.write(raw)
-                    digest.update(raw)
-    return digest.hexdigest()
+                    file.write(rows.reshape(-1).view(torch.uint8).numpy().data)
+        return file.hexdigest()
 
 
 def _in_order(tensors: Sequence[Tensor], axis: int) -> Sequence[Tensor]:

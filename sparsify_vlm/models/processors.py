@@ -9,11 +9,14 @@ else Pillow (their pixels differ in the last bits).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsify_vlm.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def load_processor(path: str, config: Any, source: Mapping[str, Any]) -> Any:
@@ -83,3 +86,29 @@ def image_only(name: str) -> Any | None:
     methods = {f.__name__: classmethod(f) for f in (get_attributes, from_args_and_dict)}
     made: Any = type(name, (whole,), methods)
     return made
+
+
+def idle_steps(processor: Any, images: Sequence[Image]) -> dict[str, bool]:
+    """Steps of the processor that would leave every one of these images as it is, switched off.
+
+    Known are resizing and cropping of RGB images by transformers' Pillow backend, which resizes
+    one image after the other even where its size is the one wanted.
+    """
+    from transformers.image_processing_backends import PilBackend
+
+    steps = getattr(processor, "image_processor", None)
+    sizes = {image.size for image in images if image.mode == "RGB"}
+    if len(sizes) != 1 or not isinstance(steps, PilBackend):
+        return {}
+    ((width, height),) = sizes
+    wanted = {"height": height, "width": width}
+    off = {}
+    for step, name, setting in (
+        ("do_resize", "resize", "size"),
+        ("do_center_crop", "center_crop", "crop_size"),
+    ):
+        plain = getattr(type(steps), name) is getattr(PilBackend, name)
+        if plain and getattr(steps, step, False) and dict(getattr(steps, setting)) == wanted:
+            off[step] = False
+    whole = type(steps)._preprocess is PilBackend._preprocess
+    return off if whole and all(image.mode == "RGB" for image in images) else {}

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from sparsify_vlm.data import BadSample, EncodedBatch, ImageRef, Sample, Turn, encode
+from sparsify_vlm.data.prompts import Prompter
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.models import LoadedModel, Role
+from sparsify_vlm.models.processors import idle_steps
 
 CTX_LEN = 2048
 
@@ -104,6 +106,62 @@ def test_prompts_for_generation_end_together(family: LoadedModel) -> None:
 def text_of(loaded: LoadedModel, batch: EncodedBatch, row: int = 0) -> str:
     text: str = loaded.tokenizer.decode(batch.inputs["input_ids"][row])
     return text.replace("<image> " * 36, "<image> ").replace(" \n ", "\n")
+
+
+@pytest.mark.parametrize("size", [(48, 48), (48, 40), (64, 64)], ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_steps_that_change_nothing_are_left_out(
+    vlm: LoadedModel, size: tuple[int, int], mode: str
+) -> None:
+    """Pixels are those of the whole processor; 48 × 48 is the size that it makes."""
+    images = [families.picture(*size, i).convert(mode) for i in range(3)]
+    off = idle_steps(vlm.processor, images)
+    assert bool(off) == (size == (48, 48) and mode == "RGB")
+    whole = vlm.image_processor(images, return_tensors="pt")
+    assert torch.equal(
+        vlm.image_processor(images, return_tensors="pt", **off)["pixel_values"],
+        whole["pixel_values"],
+    )
+
+
+def test_no_step_is_left_out_where_it_does_something(family: LoadedModel) -> None:
+    """In every family, for images of the size that its configuration asks for."""
+    processor = getattr(family, "image_processor", None)
+    size = dict(processor.size)
+    side = size.get("height") or size.get("shortest_edge") or 32
+    images = [families.picture(side, side, i) for i in range(2)]
+    whole = processor(images, return_tensors="pt")
+    short = processor(images, return_tensors="pt", **idle_steps(family.processor, images))
+    assert whole.keys() == short.keys()
+    for name, value in whole.items():
+        ours = short[name]
+        same = torch.equal(value, ours) if isinstance(value, torch.Tensor) else value == ours
+        assert same, name
+
+
+def test_remembered_prompts_are_the_templates(vlm: LoadedModel) -> None:
+    """Conversations that differ in one part only, each rendered twice."""
+    shown = picture(48, 48, 1)
+    prompter = Prompter.of(vlm)
+    for sample in [
+        chat("a", "what is it ?", "red", shown),
+        chat("b", "what is it ?", "blue", shown),
+        chat("c", "what is it ?", None, shown),
+        chat("d", "what is it ?", "red"),
+        chat("e", "what is it", "red", shown),
+    ] * 2:
+        content = [{"type": "image"}] * len(sample.images)
+        messages = [
+            {
+                "role": turn.role,
+                "content": [*content * (i == 0), {"type": "text", "text": turn.text}],
+            }
+            for i, turn in enumerate(sample.turns)
+        ]
+        expected = vlm.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=sample.answer is None
+        )
+        assert prompter.render(sample).text == expected
 
 
 def test_the_chat_template_is_used(vlm: LoadedModel) -> None:
