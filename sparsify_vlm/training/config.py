@@ -322,6 +322,10 @@ def _check_objective(cfg: TrainConfig) -> None:
         raise UserError("--penalty l0 trains the thresholds of --activation jumprelu only")
     if cfg.penalty != "none" and cfg.sae.secondary_target_tied:
         raise UserError("--penalty is not defined for --secondary_target_tied: leave one out")
+    if cfg.k_decay_steps and cfg.sae.activation in ("groupmax", "relu", "jumprelu"):
+        raise UserError(
+            f"--k_decay_steps lowers k step by step, which --activation {cfg.sae.activation} cannot"
+        )
     if cfg.loss_fn != "fvu" and cfg.activations is not None:
         raise UserError(
             f"--loss_fn {cfg.loss_fn} runs the model on its own text: leave --activations out"

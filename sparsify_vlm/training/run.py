@@ -161,6 +161,12 @@ def _copy_weights(clt: Clt, path: str) -> None:
     """Start from the coders of `path`: the same ones, or per-layer ones of the same width, whose
     own-layer decoders are the first targets'; all other decoders then start at 0."""
     start = load_clt(path, clt.device, clt.dtype)
+    for name in ("input_site", "transcode", "normalize_io", "divide_cross_layer"):
+        theirs, ours = getattr(start.cfg, name), getattr(clt.cfg, name)
+        if theirs != ours:
+            raise UserError(
+                f"--finetune {path}: its coders have {name} {theirs}, asked for is {ours}"
+            )
     found, wanted = start.state_dict(), clt.state_dict()
     per_layer = start.cfg.n_targets == 1 < clt.cfg.n_targets and clt.cfg.target_offset == 0
     for name, value in wanted.items():

@@ -45,6 +45,7 @@ def test_defaults_are_those_of_sparsify(ours: Any, upstream: Any) -> None:
         ({"activation": "relu"}, "--activation relu is not sparse of itself: give --penalty"),
         ({"activation": "jumprelu"}, "give --penalty l1 or tanh, or l0"),
         ({"penalty": "l0"}, "--penalty l0"),
+        ({"activation": "groupmax", "k_decay_steps": 3}, "--k_decay_steps"),
         ({"penalty": "l1", "secondary_target_tied": True}, "--secondary_target_tied"),
         ({"penalty_coefficient": -1.0}, "--penalty_coefficient"),
         ({"penalty_warmup_steps": -1}, "--penalty_warmup_steps"),

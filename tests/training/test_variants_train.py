@@ -12,6 +12,7 @@ import torch
 from sparsify_vlm.coders import load_clt
 from sparsify_vlm.data import DataConfig
 from sparsify_vlm.data.capture import CaptureConfig, capture
+from sparsify_vlm.errors import UserError
 from sparsify_vlm.training import CoderConfig, TrainConfig, train
 from sparsify_vlm.training.config import RunConfig
 
@@ -144,3 +145,6 @@ def test_a_clt_starts_from_per_layer_transcoders(store: Path, tmp_path: Path) ->
     for a, b in zip(before.reconstruct(x), after.reconstruct(x), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert after.cfg.n_targets == 3
+    cfg = settings(tmp_path, run_name="n", finetune=str(first), normalize_io=True, **common)
+    with pytest.raises(UserError, match="normalize_io False, asked for is True"):
+        train(cfg, quiet=True)
