@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Rates:
 
     def or_better(self, other: Rates) -> Rates:
         """The higher of each."""
-        return Rates(*(max(a, b) for a, b in zip(vars(self).values(), vars(other).values())))  # noqa: B905
+        return Rates(*map(max, astuple(self), astuple(other)))
 
 
 MATRIX = {"cpu": 1024, "cuda": 8192}

@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import peers
 from bench.clock import Clock
@@ -129,7 +129,7 @@ def forced(path: str | None) -> Iterator[None]:
         yield
 
 
-def taken(path: str | None, table: nn.Parameter, k: int) -> str:
+def taken(path: str | None, table: Tensor, k: int) -> str:
     """Name of the kernels that a step uses. Raises `UserError` where `path` cannot be used."""
     with forced(path):
         return kernels.kernels_for(table, k).name

@@ -70,7 +70,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def figure(value: float) -> str:
-    """Three significant digits without an exponent."""
+    """Three significant digits, or three decimals below 1."""
     if value == 0:
         return "0"
     digits = max(0, 2 - len(f"{abs(value):.0f}") + 1) if abs(value) >= 1 else 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import sys
@@ -46,6 +45,14 @@ def bench() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def small(bench: Any) -> Any:
     return bench.sizes.Size(layers=3, d_model=12, num_latents=40, k=4, tokens=30)
+
+
+@pytest.fixture
+def hurried(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rates are measured on little."""
+    monkeypatch.setattr(bench.machine, "MATRIX", {"cpu": 128})
+    monkeypatch.setattr(bench.machine, "COPIED", {"cpu": 1 << 20})
+    monkeypatch.setattr(bench.machine, "TABLES", {"cpu": (1 << 16, 1 << 18)})
 
 
 # ---- systems
@@ -220,9 +227,7 @@ def test_the_least_time_by_hand(bench, rates):
     assert rough == pytest.approx(max(800 / 8e6, 480 / 1e6) + 1760 / 4e6)
 
 
-def test_rates_are_measured(bench, monkeypatch):
-    monkeypatch.setattr(bench.machine, "MATRIX", {"cpu": 128})
-    monkeypatch.setattr(bench.machine, "COPIED", {"cpu": 1 << 20})
+def test_rates_are_measured(bench, hurried):
     found = vars(bench.machine.measure())
     assert all(1e7 < rate < 1e15 for rate in found.values()), found
 
@@ -330,7 +335,46 @@ def test_files_that_are_no_figures_are_refused(bench, tmp_path, content, message
         bench.tables.read(file)
 
 
-def test_a_verdict_that_differs_says_so(bench, small):
-    system = copy.copy(bench.systems.systems([None], ["fp32"])[2])
-    found = bench.measure.Comparison(apart=2e-5, moved=1e-3, entries=10, other=1, gap=1e-7)
-    assert bench.bench_step._verdict(system, found, False).startswith("NOT EQUAL")
+@pytest.mark.parametrize(("tolerance", "status"), [(1e-5, 0), (-1.0, 1)])
+def test_the_program_measures_checks_and_stores(
+    bench, small, hurried, tmp_path, monkeypatch, capsys, tolerance, status
+):
+    """-1: a tolerance that no weights keep to."""
+    monkeypatch.setitem(bench.sizes.SIZES, "tiny", small)
+    monkeypatch.setattr(bench.bench_step, "TOLERANCE", tolerance)
+    file = tmp_path / "deep" / "step.json"
+    arguments = "--config tiny --rounds 2 --threads 1 --no_memory --check --data zipf --json"
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", *arguments.split(), str(file)])
+    with pytest.raises(SystemExit) as left:
+        bench.bench_step.main()
+    assert left.value.code == status
+    assert ("NOT EQUAL" if status else "tiny: equal") in capsys.readouterr().out
+    (size,) = bench.tables.read(file)["sizes"]
+    assert [row["system"] for row in size["systems"]] == [
+        bench.systems.DENSE, bench.systems.SPARSE, bench.systems.OURS
+    ]  # fmt: skip
+    for row in size["systems"]:
+        assert len(row["wall"]) == 2
+        assert row["core"] > 0
+        assert row["times_least"] == pytest.approx(
+            sum(row["phases"].values()) / sum(row["least"].values())
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--device cuda", "error: --device cuda: there is no CUDA device here"),
+        ("--config gpt2 --check", "error: --check trains two coders side by side"),
+        ("--config tiny --kernels triton", "error: SPARSIFY_VLM_KERNELS=triton"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    bench, hurried, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setattr(bench.bench_step.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--threads", "1", *arguments.split()])
+    with pytest.raises(SystemExit) as left:
+        bench.bench_step.main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith(message)
