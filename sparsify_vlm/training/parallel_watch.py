@@ -79,6 +79,8 @@ class Watch:
         self._left, self._ending = threading.Event(), threading.Event()
         self._claiming = threading.RLock()
         self._claimed: tuple[str, bool] | None = None
+        self._lost: str | None = None
+        self._is_lowest: bool | None = None
         self._beat_at = time.monotonic()
         self._heard = (-1, time.monotonic())
         self._before: Any = None
@@ -132,7 +134,7 @@ class Watch:
         deadline = time.monotonic() + EVIDENCE
         found = None
         while found is None and self._claimed is None and time.monotonic() < deadline:
-            found = self._read_claim() or self._gone(min(5.0, self.silence))
+            found = self._read_claim() or self._lost or self._gone(min(5.0, self.silence))
             time.sleep(0.05)
         broke = f"the connection to the other processes broke ({_first(error)})"
         line, is_ours = self._claim(found or broke)
@@ -162,9 +164,18 @@ class Watch:
                 self._left.wait(self.beat if self._peers else self.beat / 20)
         except RuntimeError as error:  # the store's own errors, from every method
             self._store = None
-            if not self._left.wait(2.0):  # at a good end, whoever holds the store may go first
-                lost = f"{self._holder}, which holds the run's store, is gone ({_first(error)})"
-                self._end(self._gone(self.silence) or lost)
+            self._without_store(_first(error))
+
+    def _without_store(self, why: str) -> None:
+        """End over a store that is gone. All processes notice within a beat, and first look around
+        while the others are still there, so that none takes another's end for the cause."""
+        if self._left.wait(1.0):  # at a good end, whoever holds the store may go first
+            return
+        lost = f"{self._holder}, which holds the run's store, is gone ({why})"
+        self._is_lowest = self._lowest_near()
+        self._lost = self._gone_near() or lost
+        if not self._left.wait(1.5):
+            self._end(self._lost)
 
     def _round(self, store: Store) -> None:
         if time.monotonic() - self._beat_at > self.beat + self.silence / 3:
@@ -279,8 +290,13 @@ class Watch:
         with suppress(RuntimeError):
             if self._store is not None:
                 return bool(self._store.compare_set("end", "", mine).decode() == mine)
-        near = [rank for rank, peer in self._peers.items() if peer.is_near and rank < self.rank]
-        return all(self._peers[rank].state() is not State.RUNS for rank in near)
+        return self._lowest_near() if self._is_lowest is None else self._is_lowest
+
+    def _lowest_near(self) -> bool:
+        """Whether this process has the lowest rank of those that run here: without a store to
+        claim the line in, that one tells it."""
+        lower = [peer for rank, peer in self._peers.items() if peer.is_near and rank < self.rank]
+        return all(peer.state() is not State.RUNS for peer in lower)
 
     def _how_to_go_on(self) -> str:
         if self.last_step is None:

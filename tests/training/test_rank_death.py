@@ -70,10 +70,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def flags(store: Path, save_dir: Path, name: str, processes: int) -> list[str]:
+def flags(store: Path, save_dir: Path, name: str, processes: int, steps: int = STEPS) -> list[str]:
     return [
         *("--activations", str(store), "--save_dir", str(save_dir), "--run_name", name),
-        *("--batch_tokens", str(64 // processes), "--max_steps", str(STEPS), "--save_every", "3"),
+        *("--batch_tokens", str(64 // processes), "--max_steps", str(steps), "--save_every", "3"),
         *("--transcode", "--cross_layer", "3", "--num_latents", "32", "--k", "4"),
         *("--optimizer", "adam", "--lr", "1e-3", "--lr_warmup_steps", "0", "--device", "cpu"),
     ]
@@ -273,6 +273,17 @@ def test_stopped_process_is_noticed(store: Path, tmp_path: Path, victim: int) ->
         # Process 0 holds the store: nothing can be asked any more, but /proc tells.
         assert f"process {victim} of 2 is stopped" in line
         assert "--resume continues from step" in line
+
+
+@pytest.mark.slow
+def test_launcher_killed(store: Path, tmp_path: Path) -> None:
+    command = flags(store, tmp_path, "orphans", 2, steps=2000)
+    with started(train, command, tmp_path / "out.txt", agent=True) as pair:
+        until(lambda: steps_done(tmp_path / "orphans") >= 4, pair)
+        pair.store = None  # which ends its server
+        assert pair.ended(20) == [1, 1]
+        (line,) = pair.lines()
+        assert line.startswith("the launcher, which holds the run's store, is gone")
 
 
 @pytest.mark.slow
