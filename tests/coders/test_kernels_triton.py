@@ -1,7 +1,7 @@
-"""The Triton kernels against float64 loops, on CPU tensors in Triton's interpreter.
+"""The Triton kernels against float64 loops: interpreted, and on a GPU if there is one.
 
 Triton reads TRITON_INTERPRET when it is first imported, and importing sparsify imports it. So the
-cases run in one process of their own, which runs this file; each is reported as a test here.
+cases run in a process of their own, which runs this file; each is reported as a test here.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def close(found: Tensor, expected: Tensor, relative: float = 2e-6) -> None:
 def selection(shape: str, seed: int = 0) -> tuple[Selection, Tensor]:
     """k entries a token over the first half of the latents or all k, and their values."""
     T, F, _, k = SHAPES[shape]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     among = max(k, F // 2)
     col = torch.stack([torch.randperm(among, generator=generator)[:k] for _ in range(T)])
     values = torch.randn(T * k, generator=generator)
@@ -63,7 +63,7 @@ def selection(shape: str, seed: int = 0) -> tuple[Selection, Tensor]:
 def ragged(shape: str, seed: int = 0) -> tuple[Selection, Tensor]:
     """From no latent at the first token to all at the last, and values."""
     T, F, _, _ = SHAPES[shape]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     mask = torch.rand(T, F, generator=generator) < torch.linspace(0, 1, T)[:, None]
     mask[0], mask[-1] = False, True
     crow = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
@@ -139,7 +139,7 @@ def adam(
             parameter.grad += q[:, None].double() * W.double()
         optimizer = torch.optim.Adam([parameter], lr=0.01)
         optimizer.state[parameter] = {
-            "step": torch.tensor(step - 1.0),
+            "step": torch.tensor(step - 1.0, device="cpu"),
             "exp_avg": first.double(),
             "exp_avg_sq": second.double(),
         }
@@ -168,7 +168,8 @@ def encodes(precision: str, T: int, F: int, d: int) -> None:
     pre, maxima = launch.encode(x, W, b, precision=precision)
     assert pre.dtype == maxima.dtype == torch.bfloat16
     error = (pre[:, :F].double() - exact.relu()).abs()
-    assert (error <= 2**-7 * exact.relu() + 1e-5).all()
+    on_tensor_cores = precision == "tf32" and x.is_cuda
+    assert (error <= 2**-7 * exact.relu() + (0.05 if on_tensor_cores else 1e-5)).all()
     assert (pre[:, F:] == -1).all()
     assert torch.equal(maxima, pre.view(T, -1, launch.GROUP).amax(2))
 
@@ -226,7 +227,7 @@ def tuned_tiles_change_no_bit() -> None:
     """What a GPU tunes at run time must not show in the result."""
     chosen, values = ragged("wide")
     parts = [(chosen.crow, chosen.col, values, torch.randn(10, 100))] * 2
-    kernel, found = launch._decoder()[0], []
+    kernel, found = launch._kernels().decode, []
     for tiles in (
         {"BLOCK_T": 4, "BLOCK_D": 32, "UNROLL": 2},
         {"BLOCK_T": 2, "BLOCK_D": 128, "UNROLL": 3},
@@ -312,8 +313,9 @@ def serves_as_path() -> None:
 
 
 def is_available() -> None:
-    assert launch.available("cpu")
-    assert not launch.available("cuda")
+    here = torch.get_default_device().type
+    assert launch.available(here)
+    assert not launch.available({"cpu": "cuda", "cuda": "cpu"}[here])
 
 
 def interpreted_cases() -> dict[str, Callable[[], None]]:
@@ -352,8 +354,9 @@ def interpreted_cases() -> dict[str, Callable[[], None]]:
 CASES = interpreted_cases()
 
 
-def run_cases(names: list[str]) -> None:
+def run_cases(device: str, names: list[str]) -> None:
     """Print a line of each case: its name and what went wrong, or nothing."""
+    torch.set_default_device(device)
     for name in names:
         torch.manual_seed(0)
         try:
@@ -364,14 +367,24 @@ def run_cases(names: list[str]) -> None:
         print(json.dumps([name, problem]), flush=True)
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
 @pytest.fixture(scope="module")
-def problems(request: pytest.FixtureRequest) -> dict[str, str]:
-    """What went wrong in each case that was asked for."""
+def problems(request: pytest.FixtureRequest) -> dict[str, dict[str, str]]:
+    """For each device, what went wrong in the cases that were asked for."""
     here = [item for item in request.session.items if item.path == Path(__file__)]
-    names = [item.callspec.params["case"] for item in here if hasattr(item, "callspec")]
+    asked = [item.callspec.params for item in here if hasattr(item, "callspec")]
+    return {
+        device: in_a_process(device, [one["case"] for one in asked if one["device"] == device])
+        for device in DEVICES
+    }
+
+
+def in_a_process(device: str, names: list[str]) -> dict[str, str]:
     done = subprocess.run(
-        [sys.executable, __file__, *names],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, __file__, device, *names],
+        env={**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0"},
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     found = dict.fromkeys(names, f"not reached:\n{done.stderr}")
@@ -379,9 +392,10 @@ def problems(request: pytest.FixtureRequest) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_kernels(case: str, problems: dict[str, str]) -> None:
-    if problems[case]:
-        pytest.fail(problems[case], pytrace=False)
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels(device: str, case: str, problems: dict[str, dict[str, str]]) -> None:
+    if problems[device][case]:
+        pytest.fail(problems[device][case], pytrace=False)
 
 
 def test_not_for_the_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,4 +411,4 @@ def test_not_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 if __name__ == "__main__":
-    run_cases(sys.argv[1:])
+    run_cases(sys.argv[1], sys.argv[2:])

@@ -26,7 +26,7 @@ SHARED_BYTES = 227 * 1024
 """That one block may have."""
 
 POINTERS = {
-    "crow_at": "*i64", "col_at": "*i64", "values_at": "*i64", "table_at": "*i64",
+    "addresses": "*i64",
     "crow": "*i64", "col": "*i64", "rows": "*i64", "start": "*i64", "order": "*i64",
     "token": "*i64", "out": "*fp32", "value_like": "*fp32", "grad": "*fp32", "decay": "*fp32",
     "dots": "*fp32", "values": "*fp32", "b": "*fp32", "pre": "*bf16", "maxima": "*bf16",

@@ -21,7 +21,7 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["sources", "magnitude"])
 def decode(
     out,  # [T, d]
-    crow_at, col_at, values_at, table_at,  # [S] int64: addresses of each source's tensors
+    addresses,  # [4, S] int64: where each source's crow, col, values and W begin
     value_like, table_like,  # any pointer of the values' and of the tables' type
     sources, tokens, width,
     magnitude,  # sources rounded up to a power of two: not used, tiles are tuned for each
@@ -36,10 +36,10 @@ def decode(
     is_token, is_column = t < tokens, c < width
     sums = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for s in range(sources):
-        crow = tl.load(crow_at + s).to(tl.pointer_type(tl.int64))
-        col = tl.load(col_at + s).to(tl.pointer_type(tl.int64))
-        values = tl.load(values_at + s).to(value_like.dtype)
-        W = tl.multiple_of(tl.load(table_at + s).to(table_like.dtype), ALIGNED)
+        crow = tl.load(addresses + s).to(tl.pointer_type(tl.int64))
+        col = tl.load(addresses + sources + s).to(tl.pointer_type(tl.int64))
+        values = tl.load(addresses + 2 * sources + s).to(value_like.dtype)
+        W = tl.multiple_of(tl.load(addresses + 3 * sources + s).to(table_like.dtype), ALIGNED)
         begin = tl.load(crow + t, mask=is_token, other=0)
         count = tl.load(crow + t + 1, mask=is_token, other=0) - begin
         longest = tl.max(count)

@@ -106,11 +106,15 @@ def _check(*tensors: Tensor) -> None:
             raise ValueError("the Triton kernels compute in float32: float64 is not for them")
 
 
-def _addresses(tensors: list[Tensor]) -> Tensor:
-    """[S] int64, on their device: where each begins. The caller keeps the tensors alive."""
-    if len({tensor.dtype for tensor in tensors}) != 1:
+def _addresses(parts: list[Part]) -> Tensor:
+    """[4, S] int64, on their device: where each tensor begins. The caller keeps them alive."""
+    kinds = list(zip(*parts, strict=True))
+    if any(tensor.dtype != kind[0].dtype for kind in kinds for tensor in kind):
         raise ValueError("the sources' tensors must be of one type")
-    return torch.tensor([tensor.data_ptr() for tensor in tensors], device=tensors[0].device)
+    device = parts[0][0].device
+    found = torch.tensor([[tensor.data_ptr() for tensor in kind] for kind in kinds], device="cpu")
+    # Pinned, or the host would wait for the device at every target.
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
 def decode(out: Tensor, parts: list[Part]) -> None:
@@ -121,7 +125,7 @@ def decode(out: Tensor, parts: list[Part]) -> None:
     for part in parts:
         _check(out, *part)
     tokens, width = out.shape
-    crow, col, values, tables = (list(each) for each in zip(*parts, strict=True))
+    values, W = parts[0][2:]
     kernel, tiles = _decoder()
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
@@ -129,9 +133,9 @@ def decode(out: Tensor, parts: list[Part]) -> None:
 
     with torch.cuda.device_of(out):
         kernel[grid](
-            out, _addresses(crow), _addresses(col), _addresses(values), _addresses(tables),
-            values[0], tables[0], len(parts), tokens, width, 1 << (len(parts) - 1).bit_length(),
-            ALIGNED=16 if all(W.data_ptr() % 16 == 0 for W in tables) else 2,
+            out, _addresses(parts), values, W, len(parts), tokens, width,
+            1 << (len(parts) - 1).bit_length(),
+            ALIGNED=16 if all(part[3].data_ptr() % 16 == 0 for part in parts) else 2,
             **tiles,
         )  # fmt: skip
 

@@ -26,7 +26,7 @@ class TritonKernels(Kernels):
     """float32 and bfloat16, on CUDA devices or in Triton's interpreter."""
 
     name = "triton"
-    fuses_adam = True
+    fuses_adam = fuses_adam_without_dots = True
 
     def top(self, pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Values and indices [T, k] of the k largest of each row of `pre` [T, F], in no order."""
