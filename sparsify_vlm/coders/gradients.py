@@ -66,7 +66,9 @@ class Ledger:
     ) -> Tensor:
         """Take the gradient of `table` that entries written with it get from G [T, d]; with `dots`
         the gradient of the entries' values [E]."""
-        if self._uses[table] == 1 and table not in self._partial and self._kernels.fuses_adam:
+        kernels = self._kernels
+        fuses = kernels.fuses_adam if dots else kernels.fuses_adam_without_dots
+        if fuses and self._uses[table] == 1 and table not in self._partial:
             state = self._into.adam_state(table) if table.requires_grad else None
             if state is not None:
                 decay = self._decays.get(table)

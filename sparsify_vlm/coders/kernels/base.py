@@ -18,6 +18,9 @@ class Kernels:
     fuses_adam = False
     """Whether `backward_adam` is there."""
 
+    fuses_adam_without_dots = False
+    """Whether it is also the fastest where the gradient of the values is not wanted."""
+
     def top(self, pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Values and indices [T, k] of the k largest of each row of `pre` [T, F], in no order."""
         raise NotImplementedError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparsify_vlm.coders.kernels import compiled
+from sparsify_vlm.coders.kernels import compiled, portable
 from sparsify_vlm.coders.kernels.base import Kernels
 from sparsify_vlm.coders.kernels.entries import AdamState, Entries, Selection
 
@@ -42,11 +42,14 @@ class CompiledKernels(Kernels):
         self, G: Tensor, entries: Entries, W: Tensor, *, dots: bool = True
     ) -> tuple[Tensor, Tensor]:
         """The gradient of W [F, d] and, with `dots`, that of the values [E] (otherwise empty)."""
+        if not dots:  # PyTorch's own sum of rows is faster (docs/log.md)
+            return portable.outer(G, entries), G.new_empty(0)
         sel, gradient = entries.selection, torch.empty_like(W, requires_grad=False)
         products = compiled.backward(
-            G.contiguous(), sel.order, sel.start, sel.token, entries.values, W, gradient, dots
+            G.contiguous(), sel.order, sel.start, sel.token, entries.values, W, gradient
         )
-        return gradient, G.new_empty(0) if products is None else products
+        assert products is not None
+        return gradient, products
 
     def backward_adam(
         self,
