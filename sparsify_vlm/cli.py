@@ -232,7 +232,8 @@ def _is_disk_full(error: Exception) -> bool:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    names = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")  # torchrun, MPICH, Open MPI
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 @contextmanager
