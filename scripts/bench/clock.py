@@ -13,17 +13,22 @@ import torch
 PHASES = ("encode", "decode", "backward", "update", "other")
 
 
+def timer(device: str) -> Callable[[], float]:
+    """Seconds of the processor with one CPU thread, which others on the machine do not lengthen;
+    seconds of the wall otherwise."""
+    alone = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
 class Clock:
     """Seconds per phase of one step at a time. A phase within another interrupts it.
 
-    With one thread they are the processor's, which others on the machine do not lengthen; with
-    several the wall's. On CUDA they are those of the device's queue, so that nothing waits.
+    On a CPU they are those of `timer`; on CUDA those of the device's queue, so that nothing waits.
     """
 
     def __init__(self, device: str = "cpu") -> None:
         self._cuda = torch.device(device).type == "cuda"
-        alone = torch.get_num_threads() == 1
-        self._read = time.process_time if alone else time.perf_counter
+        self._read = timer(device)
         self._now, self._marks = "", list[tuple[str, Any]]()
 
     def begin(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from datetime import datetime, timezone
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from bench.clock import timer
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ def measure(device: str = "cpu") -> Rates:
 
 
 def _quickest(action: Callable[[], object], device: str, runs: int = 15) -> float:
-    seconds = []
+    read, seconds = timer(device), []
     for _ in range(runs + 1):
-        start = time.perf_counter()
+        start = read()
         action()
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(read() - start)
     return min(seconds[1:])
 
 
