@@ -114,6 +114,12 @@ class Stack:
         """Which of its sample's images an image token belongs to, int16 [B, S]; -1 elsewhere."""
         return self.layout.images(inputs)
 
+    def normed(self, layer: int, stream: Tensor) -> Tensor:
+        """What MLP `layer` reads where the residual stream before its norm is `stream` [..., d]."""
+        norm = self._blocks[layer].norm
+        made: Tensor = stream if norm is None else norm(stream)
+        return made
+
     @contextmanager
     def reading(
         self,

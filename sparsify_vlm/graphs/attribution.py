@@ -1,0 +1,212 @@
+"""From a prompt to its attribution graph.
+
+1. The local replacement model of the prompt is built (`replacement/local.py`): one forward pass
+   with attention patterns and norm scales frozen, every MLP's write cut into features and error.
+2. The active features, errors and tokens are the columns (`columns.py`); with every feature's
+   decoder rows for the layers it writes to.
+3. The targets are found: the likeliest next tokens, or what was asked for (`targets.py`).
+4. Their rows are made, going backwards layer by layer with many targets at once (`rows.py`):
+
+       A[t, feature s] = Σ_{l' that s writes to, before t reads} ⟨G[l'][p_s], u_s W_{s→l'}⟩
+       A[t, error (l, p)] = ⟨G[l][p], y_l − ŷ_l⟩        A[t, token p] = ⟨g[p], embedding[p]⟩
+
+5. Rows of features follow: all of them, or with `max_feature_nodes` the most influential first, in
+   rounds (`selection.py`).
+6. Rows and columns are put in order: features by (layer, position, index), errors, tokens, targets.
+
+Biases are no nodes: a row adds up to what its target would read without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify_vlm.errors import UserError
+from sparsify_vlm.graphs.columns import Columns
+from sparsify_vlm.graphs.graph import AttributionGraph
+from sparsify_vlm.graphs.influence import Edges
+from sparsify_vlm.graphs.rows import Reads, RowMaker
+from sparsify_vlm.graphs.selection import HeldRows
+from sparsify_vlm.graphs.targets import Target, Targets, resolve_targets, text
+from sparsify_vlm.replacement import VLMReplacementModel
+from sparsify_vlm.replacement.local import LocalModel, freed
+
+ROUND = 256
+"""Features that get their rows before influence is computed anew."""
+
+BATCH = 256
+"""Targets that go backwards together, at most."""
+
+MEMORY = 4 << 30
+"""Bytes for decoder rows, gradients and held rows together, where nothing is said."""
+
+
+def attribute(
+    model: VLMReplacementModel,
+    inputs: Mapping[str, Any],
+    *,
+    max_n_logits: int = 10,
+    desired_logit_prob: float = 0.95,
+    max_feature_nodes: int | None = None,
+    targets: Sequence[Target] | Tensor | None = None,
+    memory: int | None = None,
+    batch_size: int | None = None,
+    fast: bool | None = None,
+) -> AttributionGraph:
+    """The graph of one prompt.
+
+        graph = attribute(model, inputs)
+        graph = attribute(model, inputs, targets=["red", Difference("red", "blue")])
+
+    Args:
+        inputs: a processor's batch of one prompt, or `input_ids` [1, S], with `inputs_embeds`
+            [1, S, d] in their place if given.
+        max_n_logits: explain at most this many of the likeliest next tokens,
+        desired_logit_prob: as few as reach this probability together.
+        max_feature_nodes: the most features that become nodes; None: all that are active.
+        targets: what to explain instead: tokens (ids, text), `Difference`, `Feature`, directions
+            [d_model] in the stream after the final norm.
+        memory: bytes for what is held beside model and coder; None: 4 GiB.
+        batch_size: targets going backwards together; None: as many as are quick and fit.
+        fast: read matrices off the attention layers (`maps.py`); None: where it pays.
+
+    Raises `UserError` for inputs or targets that cannot be used, and where nothing is active.
+    """
+    memory = MEMORY if memory is None else memory
+    with freed(LocalModel(model, inputs)) as local:
+        columns = Columns(local, memory // 4)
+        if not columns.n_features:
+            raise UserError("no feature of the coder is active on this prompt: nothing to trace")
+        found = resolve_targets(local, targets, max_n_logits, desired_logit_prob)
+        wanted = min(max_feature_nodes or columns.n_features, columns.n_features)
+        maker = RowMaker(local, columns, wanted + len(found.weights), fast)
+        tracer = _Tracer(local, columns, maker, batch_size or _batch_size(local, columns, memory))
+        if wanted == columns.n_features:
+            return _graph(local, columns, found, *tracer.everything(found), inputs)
+        held = HeldRows(columns.n_features, columns.n, memory // 2 // 4)
+        return _graph(local, columns, found, *tracer.best(found, wanted, held), inputs)
+
+
+def _batch_size(local: LocalModel, columns: Columns, memory: int) -> int:
+    """As many targets as fit: gradients, a few copies of them, and the sums by place."""
+    d = local.stack.d_model
+    each = local.n_positions * 4 * (6 * d + 2 * (columns.n_slots + local.n_layers))
+    return max(1, min(BATCH, memory // 4 // each))
+
+
+class _Tracer:
+    def __init__(self, local: LocalModel, columns: Columns, maker: RowMaker, batch: int) -> None:
+        self.local, self.columns, self.maker, self.batch = local, columns, maker, batch
+
+    def everything(self, found: Targets) -> tuple[Tensor, Edges]:
+        """All active features as nodes."""
+        n, N = self.columns.n_features, self.columns.n + len(found.weights)
+        features = torch.arange(n)
+        parts = [
+            _edges(places + first, rows, N)
+            for first, reads in ((0, self._feature_reads(features)), (self.columns.n, found.reads))
+            for places, rows in self._made(reads)
+        ]
+        return features, _joined(parts, N)
+
+    def best(self, found: Targets, wanted: int, held: HeldRows) -> tuple[Tensor, Edges]:
+        """The `wanted` most influential features as nodes."""
+        made = list(self._made(found.reads))
+        order = torch.cat([places for places, _ in made]).argsort()
+        held.add(torch.full_like(order, -1), torch.cat([rows for _, rows in made])[order])
+        while (done := int((held.nodes >= 0).sum())) < wanted:
+            chosen = held.next(found.weights, min(ROUND, wanted - done))
+            for places, rows in self._made(self._feature_reads(chosen)):
+                held.add(chosen[places], rows)
+        return _selected(held, self.columns, len(found.weights))
+
+    def _feature_reads(self, features: Tensor) -> Reads:
+        table = self.columns.features[features.to(self.columns.features.device)]
+        d = self.local.stack.d_model
+        vectors = self.local.errors.new_empty(len(table), d)
+        for layer in table[:, 0].unique().tolist():
+            here = table[:, 0] == layer
+            rows = self.local.encoder_rows(layer, table[here, 2])
+            vectors[here] = rows.to(vectors)
+        return Reads(table[:, 0], table[:, 1], vectors)
+
+    def _made(self, reads: Reads) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of rows: (which of the targets, rows [T, columns] on the CPU). Targets of near
+        positions go together, so that none carries positions it cannot look at."""
+        for places in reads.position.argsort(stable=True).split(self.batch):
+            yield places.cpu(), self.maker.rows(reads.at(places)).cpu()
+
+
+def _edges(targets: Tensor, rows: Tensor, n: int) -> Edges:
+    """Non-zero entries of rows [T, columns] of the nodes `targets`."""
+    target, source = rows.nonzero(as_tuple=True)
+    return Edges(targets[target], source, rows[target, source].float(), n)
+
+
+def _joined(parts: list[Edges], n: int) -> Edges:
+    """All edges, by target, then source."""
+    target = torch.cat([part.target for part in parts])
+    source = torch.cat([part.source for part in parts])
+    weight = torch.cat([part.weight for part in parts])
+    order = (target * n + source).argsort()
+    return Edges(target[order], source[order], weight[order], n)
+
+
+def _selected(held: HeldRows, columns: Columns, n_targets: int) -> tuple[Tensor, Edges]:
+    """Chosen features, ascending, and the edges between the nodes there are."""
+    selected = held.nodes[held.nodes >= 0].sort().values
+    m, others = len(selected), columns.n - columns.n_features
+    N = m + others + n_targets
+    node = torch.full((columns.n,), -1, dtype=torch.int64)
+    node[selected] = torch.arange(m)
+    node[columns.n_features :] = torch.arange(m, m + others)
+    kept = node[held.held] >= 0
+    targets = torch.where(held.nodes >= 0, node[held.nodes.clamp(min=0)], 0)
+    targets[held.nodes < 0] = torch.arange(N - n_targets, N)
+    edges = _edges(targets, held.rows[:, kept], N)
+    edges.source = node[held.held[kept]][edges.source]
+    return selected, _joined([edges], N)
+
+
+def _graph(
+    local: LocalModel,
+    columns: Columns,
+    found: Targets,
+    selected: Tensor,
+    edges: Edges,
+    inputs: Mapping[str, Any],
+) -> AttributionGraph:
+    stack, clt = local.stack, local.clt
+    ids = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    placed = "inputs_embeds" not in inputs
+    S = local.n_positions
+    return AttributionGraph(
+        active_features=columns.features.cpu(),
+        activation_values=columns.activations.float().cpu(),
+        selected_features=selected,
+        edges=edges,
+        logit_token_ids=found.token_ids,
+        logit_probabilities=found.weights,
+        target_labels=found.labels,
+        error_vectors=local.errors.float().cpu(),
+        logits=local.logits[-1].float().cpu(),
+        input_ids=local.input_ids.cpu(),
+        tokens=[text(local, int(i)) for i in local.input_ids],
+        roles=stack.roles(ids)[0],
+        patches=stack.patches(ids)[0] if placed else torch.full((S, 2), -1, dtype=torch.int16),
+        images=stack.images(ids)[0] if placed else torch.full((S,), -1, dtype=torch.int16),
+        zeroed=local.zeroed.cpu(),
+        info={
+            "model": local.loaded.name,
+            "revision": local.loaded.revision,
+            "prompt": local.loaded.tokenizer.decode(local.input_ids),
+            "hookpoints": list(stack.hookpoints),
+            "num_latents": clt.cfg.num_latents,
+            "activation": clt.cfg.activation,
+            "input_site": clt.cfg.input_site,
+        },
+    )

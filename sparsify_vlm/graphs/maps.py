@@ -1,0 +1,140 @@
+"""Attention with frozen patterns as four matrix products per layer, for many gradients at once.
+
+Given patterns and scales, attention of one layer adds to the stream at q
+
+    Σ_h Σ_k P_h[q, k] r_q s_k · W_h V_h stream_k
+
+V [values, d] takes the stream to the values, with the norm's weight but without its scale s_k; W
+[d, heads · width] takes the heads' outputs back, a norm behind it included but for its scale r_q.
+Nothing here knows where a family keeps these matrices. They are read off the layer's own graph:
+
+1. One backward pass of the same random vector at every position shows s (or r): all the gradients
+   must be parallel, else the layer has no such form.
+2. Unit vectors, a different one at every position, give S rows of V (or W) in a pass.
+3. The product is compared with autograd on random gradients.
+
+Where 1 or 3 fails, and where there are too few targets to pay for it, autograd itself is used
+(`LocalModel.cross`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsify_vlm.replacement.local import LocalModel, Segment
+
+TOLERANCE = 1e-3
+"""Largest difference from autograd, relative to the largest gradient."""
+
+
+@dataclass
+class AttentionMap:
+    """One layer. V [values, d]; W [d, heads · width]; pattern [kv heads, group, S, S] times r and
+    s; reach [S]: the furthest position that any query up to here looks at."""
+
+    V: Tensor
+    W: Tensor
+    pattern: Tensor
+    reach: Tensor
+
+    def cross(self, gradients: Tensor) -> Tensor:
+        """From gradients [P, T, d] at the stream after attention to those [P', T, d] before it;
+        P' > P where tokens look ahead."""
+        P, T, d = gradients.shape
+        kv, group, *_ = self.pattern.shape
+        ahead = int(self.reach[P - 1]) + 1
+        flat = gradients.reshape(P * T, d)
+        heads = (flat @ self.W).view(P, T, kv, group, -1)
+        mixed = heads.permute(2, 3, 0, 1, 4).reshape(kv, group * P, -1)
+        pattern = self.pattern[:, :, :P, :ahead].reshape(kv, group * P, ahead)
+        values = torch.bmm(pattern.transpose(1, 2), mixed).view(kv, ahead, T, -1)
+        values = values.permute(1, 2, 0, 3).reshape(ahead * T, -1)
+        if ahead > P:
+            flat = torch.cat([flat, flat.new_zeros((ahead - P) * T, d)])
+        return torch.addmm(flat, values, self.V).view(ahead, T, d)
+
+    def cross_single(self, gradients: Tensor, positions: Tensor) -> Tensor:
+        """The same for gradients [T, d] that are each at one position: [P', T, d]."""
+        T, d = gradients.shape
+        kv, group, *_ = self.pattern.shape
+        ahead = int(self.reach[int(positions.max())]) + 1
+        heads = (gradients @ self.W).view(T, kv, group, -1).transpose(0, 1)
+        pattern = self.pattern[:, :, positions, :ahead].permute(0, 2, 3, 1)
+        values = torch.matmul(pattern, heads).permute(2, 1, 0, 3).reshape(ahead * T, -1)
+        found = (values @ self.V).view(ahead, T, d)
+        found[positions, torch.arange(T, device=positions.device)] += gradients
+        return found
+
+
+def attention_map(local: LocalModel, layer: int) -> AttentionMap | None:
+    """The layer's matrices, or None if it has not this form."""
+    segment = local.segments[layer]
+    call = segment.attention
+    _, S, heads, _ = call.made.shape
+    kv = call.value.shape[1]
+    values = _read_off(call.value, segment.start, kv * call.value.shape[-1], _as_values)
+    out = _read_off(segment.mid, call.made, segment.mid.shape[-1], lambda g, like: g[None])
+    if values is None or out is None:
+        return None
+    (V, s), (W, r) = values, out
+    pattern = call.pattern * r[:, None] * s
+    furthest = torch.where(
+        (call.pattern != 0).any(0), torch.arange(S, device=pattern.device), 0
+    ).amax(1)
+    furthest = torch.maximum(furthest, torch.arange(S, device=pattern.device))
+    found = AttentionMap(
+        V,
+        W.contiguous(),
+        pattern.view(kv, heads // kv, S, S),
+        furthest.cummax(0).values.cpu(),
+    )
+    return found if _agrees(local, layer, segment, found) else None
+
+
+def _as_values(gradient: Tensor, like: Tensor) -> Tensor:
+    """Gradients [S, kv · width] in the shape of the values [1, kv, S, width]."""
+    _, kv, S, width = like.shape
+    return gradient.view(S, kv, width).transpose(0, 1)[None]
+
+
+def _read_off(
+    made: Tensor, leaf: Tensor, n_out: int, shaped: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor] | None:
+    """The matrix [n_out, inputs] of a map that is the same at every position but for a factor,
+    and the factors [S] relative to the first position's."""
+    S = leaf.shape[1]
+
+    def backward(given: Tensor) -> Tensor:
+        """Gradients [S, inputs] for `given` [S, n_out]."""
+        (found,) = torch.autograd.grad(
+            made, leaf, shaped(given.to(made.dtype), made), retain_graph=True
+        )
+        return found[0].reshape(S, -1).float()
+
+    generator = torch.Generator().manual_seed(0)
+    same = torch.randn(n_out, generator=generator).to(made.device).expand(S, -1)
+    probed = backward(same.contiguous())
+    factors = probed @ probed[0] / probed[0].square().sum()
+    if not bool(factors.isfinite().all()) or bool((factors == 0).any()):
+        return None
+    if (probed - factors[:, None] * probed[0]).abs().max() > TOLERANCE * probed.abs().max():
+        return None
+    rows = probed.new_zeros(n_out, probed.shape[1])
+    for first in range(0, n_out, S):
+        count = min(S, n_out - first)
+        unit = torch.zeros(S, n_out, device=made.device)
+        unit[torch.arange(count), first + torch.arange(count)] = 1
+        rows[first : first + count] = backward(unit)[:count] / factors[:count, None]
+    return rows, factors
+
+
+def _agrees(local: LocalModel, layer: int, segment: Segment, found: AttentionMap) -> bool:
+    generator = torch.Generator().manual_seed(1)
+    shape = (local.n_positions, 1, segment.mid.shape[-1])
+    given = torch.randn(shape, generator=generator).to(segment.mid.device)
+    expected = local.cross(layer, given).float()
+    return bool((found.cross(given) - expected).abs().max() <= TOLERANCE * expected.abs().max())

@@ -1,0 +1,81 @@
+"""Which features become nodes when not all can: the most influential first, in rounds.
+
+Rows made so far are held over all columns. Normalised by the sum of their absolute values they give
+each feature's influence over the targets through features that already have a row; the best ones
+without a row come next. Where rows times columns outgrow `max_values`, the columns of the least
+influential features are let go: these can no longer be chosen, but stay in the rows' sums.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STEPS = 128
+FLOOR = 1e-8
+
+
+class HeldRows:
+    """Rows of targets (first) and features (as they are chosen) over the columns that are held."""
+
+    def __init__(self, n_features: int, n_columns: int, max_values: int) -> None:
+        self.n_features, self.max_values = n_features, max_values
+        self.held = torch.arange(n_columns)
+        self.rows = torch.zeros(0, n_columns)
+        self.sums = torch.zeros(0)
+        self.nodes = torch.zeros(0, dtype=torch.int64)
+        """Feature of each row; -1 for targets."""
+
+    def add(self, nodes: Tensor, rows: Tensor) -> None:
+        """Rows [T, all columns] of features, or of targets with nodes -1."""
+        rows = rows.float().cpu()
+        self.sums = torch.cat([self.sums, rows.abs().sum(1)])
+        self.rows = torch.cat([self.rows, rows[:, self.held] if self._shrunk(rows) else rows])
+        self.nodes = torch.cat([self.nodes, nodes.cpu()])
+
+    def _shrunk(self, rows: Tensor) -> bool:
+        return len(self.held) < rows.shape[1]
+
+    def influence(self, weights: Tensor) -> Tensor:
+        """[held]: what reaches the held columns from the targets with `weights` [targets]."""
+        place = torch.full((self.n_features,), -1, dtype=torch.int64)
+        chosen = self.nodes >= 0
+        held_features = self.held < self.n_features
+        place[self.held[held_features]] = torch.arange(int(held_features.sum()))
+        scale = 1 / self.sums.clamp(min=FLOOR)
+        now = torch.zeros(len(self.nodes))
+        now[: len(weights)] = weights
+        total = torch.zeros(len(self.held))
+        for _ in range(STEPS):
+            step = (now * scale) @ self.rows.abs()
+            if not bool(step.any()):
+                break
+            total += step
+            now = torch.zeros_like(now)
+            now[chosen] = step[place[self.nodes[chosen]]]
+        return total
+
+    def next(self, weights: Tensor, count: int) -> Tensor:
+        """The `count` most influential features without a row, best first; and let go of columns
+        if the rows to come would be too many values."""
+        reached = self.influence(weights)
+        features = self.held < self.n_features
+        taken = torch.isin(self.held, self.nodes)
+        self._let_go(reached, features & ~taken, count)
+        reached, features, taken = (
+            reached[self._kept],
+            features[self._kept],
+            taken[self._kept],
+        )
+        order = reached.masked_fill(~features | taken, -1).argsort(descending=True, stable=True)
+        free = int((features & ~taken).sum())
+        return self.held[order[: min(count, free)]]
+
+    def _let_go(self, reached: Tensor, free: Tensor, count: int) -> None:
+        room = max(self.max_values // (len(self.nodes) + count), int((~free).sum()) + count)
+        if room >= len(self.held):
+            self._kept = torch.arange(len(self.held))
+            return
+        score = reached.masked_fill(~free, torch.inf)
+        self._kept = score.topk(room).indices.sort().values
+        self.held, self.rows = self.held[self._kept], self.rows[:, self._kept]
