@@ -38,6 +38,7 @@ KINDS: dict[str, Kind] = {
             *("secondary_target_tied", "normalize_io", "divide_cross_layer"),
             *("remove_first_token", "distribute_modules", "save_best", "resume", "overwrite"),
             *("log_to_wandb", "log_to_tensorboard", "log_to_trackio", "load_in_8bit"),
+            "load_in_4bit",
             *("trust_remote_code", "skip_bad", "streaming"),
         ),
         "bool",

@@ -95,7 +95,10 @@ class CaptureConfig(DataConfig):
     """Run Python code that comes with the model."""
 
     load_in_8bit: bool = False
-    """Quantise the model's weights to 8 bits."""
+    """Quantise the model's weights to 8 bits (needs bitsandbytes)."""
+
+    load_in_4bit: bool = False
+    """Quantise the model's weights to 4 bits (NF4)."""
 
     quiet: bool = False
     """Print no progress."""
@@ -261,6 +264,7 @@ def _load(cfg: CaptureConfig) -> LoadedModel:
         trust_remote_code=cfg.trust_remote_code,
         token=cfg.hf_token,
         load_in_8bit=cfg.load_in_8bit,
+        load_in_4bit=cfg.load_in_4bit,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from sparsify_vlm.models.memory import keep_freed_memory
 from sparsify_vlm.models.processors import load_processor
 from sparsify_vlm.models.resolve import is_multimodal, resolve_stack
 from sparsify_vlm.models.stack import Stack
+
+FOUR_BIT_BLOCK = 64
+"""bitsandbytes quantises so many weights of a row together."""
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 ALIASES = {**HUB_ALIASES, **{name: str(CHECKPOINTS / name) for name in EMBEDDED}}
@@ -117,6 +121,7 @@ def load_model(
     trust_remote_code: bool = False,
     token: str | bool | None = None,
     load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
 ) -> LoadedModel:
     """Load a model from the Hub, a local folder or an alias, with its processor and `Stack`.
 
@@ -124,7 +129,7 @@ def load_model(
     - `device`: default CUDA if there, else CPU; `"auto"` spreads the model over all devices.
     - `dtype`: default float32 on the CPU, bfloat16 on CUDA; `"auto"` takes the checkpoint's.
     - `revision`, `trust_remote_code`, `token`: as in transformers; remote code is off unless asked.
-    - `load_in_8bit`: quantise the weights with bitsandbytes.
+    - `load_in_8bit`, `load_in_4bit`: quantise the frozen weights with bitsandbytes.
 
     On a CPU, glibc is told to keep what is freed (`keep_freed_memory`), for the whole process.
 
@@ -136,6 +141,7 @@ def load_model(
         "token": token,
     }
     where = usable_device(device)
+    bits = _bits(load_in_8bit, load_in_4bit)
     if where.startswith("cpu"):
         keep_freed_memory()
     path = ALIASES.get(name_or_path, name_or_path)
@@ -143,7 +149,8 @@ def load_model(
         offline_if_unreachable()
     with explained(name_or_path):
         config = _config(path, source)
-        model = _model(path, config, where, _dtype(dtype, where), load_in_8bit, source)
+        _check_width(name_or_path, config, bits)
+        model = _model(path, config, where, _dtype(dtype, where), bits, source)
         processor = load_processor(path, config, source)
     model.requires_grad_(False).eval()
     try:
@@ -222,21 +229,52 @@ def _model(
     config: Any,
     device: str,
     dtype: str | torch.dtype,
-    load_in_8bit: bool,
+    bits: int | None,
     source: Mapping[str, Any],
 ) -> Any:
     options: dict[str, Any] = {"dtype": dtype, **source}
-    if load_in_8bit:
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    if load_in_8bit or device == "auto":
+    if bits is not None:
+        options["quantization_config"] = _quantised(bits, dtype)
+    if bits is not None or device == "auto":
         options["device_map"] = "auto" if device == "auto" else {"": device}
     model, report = _auto_class(config).from_pretrained(
         path, config=config, output_loading_info=True, **options
     )
     _require_decoder(path, model, report["missing_keys"])
     return model if "device_map" in options else model.to(device)
+
+
+def _bits(in_8: bool, in_4: bool) -> int | None:
+    """Bits per weight asked for; raises `UserError` where bitsandbytes is missing."""
+    if in_8 and in_4:
+        raise UserError("--load_in_8bit and --load_in_4bit exclude each other: give only one")
+    bits = 8 if in_8 else 4 if in_4 else None
+    if bits is not None and find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"--load_in_{bits}bit needs the package bitsandbytes: pip install bitsandbytes"
+        )
+    return bits
+
+
+def _check_width(name: str, config: Any, bits: int | None) -> None:
+    width = getattr(config.get_text_config(decoder=True), "hidden_size", FOUR_BIT_BLOCK)
+    if bits == 4 and width % FOUR_BIT_BLOCK:
+        raise UserError(
+            f"model '{name}' is {width} wide: 4-bit weights need a multiple of {FOUR_BIT_BLOCK}, "
+            "take --load_in_8bit"
+        )
+
+
+def _quantised(bits: int, dtype: str | torch.dtype) -> Any:
+    """Of 4-bit weights (NF4) the products are in the model's own type."""
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = None if dtype == "auto" else dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+    )
 
 
 def _require_decoder(path: str, model: Any, missing: Collection[str]) -> None:

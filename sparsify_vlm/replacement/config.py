@@ -63,7 +63,10 @@ class EvaluateConfig(DataConfig):
     """Run Python code that comes with the model."""
 
     load_in_8bit: bool = False
-    """Quantise the model's weights to 8 bits."""
+    """Quantise the model's weights to 8 bits (needs bitsandbytes)."""
+
+    load_in_4bit: bool = False
+    """Quantise the model's weights to 4 bits (NF4)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -72,6 +72,7 @@ def evaluate(cfg: EvaluateConfig) -> Figures:
         trust_remote_code=cfg.trust_remote_code,
         token=cfg.hf_token,
         load_in_8bit=cfg.load_in_8bit,
+        load_in_4bit=cfg.load_in_4bit,
     )
     model = VLMReplacementModel.from_pretrained(loaded, clt)
     figures = measure(model, cfg)

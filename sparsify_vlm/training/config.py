@@ -100,7 +100,10 @@ class RunConfig:
     """Allow the model's repository to bring code that is run on this machine."""
 
     load_in_8bit: bool = False
-    """Load the model in 8-bit mode."""
+    """Load the model in 8-bit mode (needs bitsandbytes)."""
+
+    load_in_4bit: bool = False
+    """Load the model in 4-bit mode (NF4)."""
 
     # The token is left out of what simple-parsing writes to files.
     hf_token: str | None = field(default=None, repr=False, encoding_fn=lambda _: None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from sparsify_vlm.training.optimizers import warmup_steps
 from sparsify_vlm.training.sources import LiveSource, StoreSource, TokenSource
 from sparsify_vlm.training.spliced import SplicedLoss
 from sparsify_vlm.training.trainer import Callback, Trainer
+
+if TYPE_CHECKING:
+    from sparsify_vlm.training.estimate import EstimateConfig
 
 # Settings that do not decide which weights come out; all others must be the same in a resumed run.
 _FREE = frozenset(
@@ -100,6 +103,7 @@ def _source(
             trust_remote_code=run.trust_remote_code,
             token=run.hf_token,
             load_in_8bit=run.load_in_8bit,
+            load_in_4bit=run.load_in_4bit,
         )
     live = LiveSource(cfg, data, loaded, world)
     return live, {"model": loaded.name, "revision": loaded.revision}
@@ -115,7 +119,7 @@ def _open_store(path: str, data: DataConfig, run: RunConfig) -> ActivationStore:
 
 
 def coder_config(
-    cfg: TrainConfig, d_model: int, hookpoints: list[str], **model: Any
+    cfg: TrainConfig | EstimateConfig, d_model: int, hookpoints: list[str], **model: Any
 ) -> CltConfig:
     """The coders that `cfg` asks for; `model` and `revision` are kept with them."""
     same = (
@@ -152,7 +156,7 @@ def _spliced(cfg: TrainConfig, source: TokenSource, clt: Clt, world: World) -> S
     return SplicedLoss(source.loaded, clt, cfg, world)
 
 
-def _most_targets(cfg: TrainConfig, n_layers: int) -> int:
+def _most_targets(cfg: TrainConfig | EstimateConfig, n_layers: int) -> int:
     """Layers that the first coder can write to."""
     return max(n_layers - cfg.sae.target_offset, 1)
 
