@@ -21,6 +21,9 @@ _HOMES = {
     "ActivationStore": "sparsify_vlm.data",
     "ShapesDataset": "sparsify_vlm.data",
     "VLMReplacementModel": "sparsify_vlm.replacement",
+    "Intervention": "sparsify_vlm.replacement",
+    "attribute": "sparsify_vlm.graphs",
+    "AttributionGraph": "sparsify_vlm.graphs",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -32,8 +35,11 @@ if TYPE_CHECKING:
     from sparsify_vlm.data import ActivationStore as ActivationStore
     from sparsify_vlm.data import ShapesDataset as ShapesDataset
     from sparsify_vlm.errors import UserError as UserError
+    from sparsify_vlm.graphs import AttributionGraph as AttributionGraph
+    from sparsify_vlm.graphs import attribute as attribute
     from sparsify_vlm.models import LoadedModel as LoadedModel
     from sparsify_vlm.models import load_model as load_model
+    from sparsify_vlm.replacement import Intervention as Intervention
     from sparsify_vlm.replacement import VLMReplacementModel as VLMReplacementModel
 
 

@@ -20,6 +20,7 @@ Biases are no nodes: a row adds up to what its target would read without them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ MEMORY = 4 << 30
 
 def attribute(
     model: VLMReplacementModel,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, Any] | LocalModel,
     *,
     max_n_logits: int = 10,
     desired_logit_prob: float = 0.95,
@@ -64,7 +65,7 @@ def attribute(
 
     Args:
         inputs: a processor's batch of one prompt, or `input_ids` [1, S], with `inputs_embeds`
-            [1, S, d] in their place if given.
+            [1, S, d] in their place if given; or the prompt's `LocalModel`, which is then kept.
         max_n_logits: explain at most this many of the likeliest next tokens,
         desired_logit_prob: as few as reach this probability together.
         max_feature_nodes: the most features that become nodes; None: all that are active.
@@ -77,7 +78,7 @@ def attribute(
     Raises `UserError` for inputs or targets that cannot be used, and where nothing is active.
     """
     memory = MEMORY if memory is None else memory
-    with freed(LocalModel(model, inputs)) as local:
+    with _local(model, inputs) as local:
         columns = Columns(local, memory // 4)
         if not columns.n_features:
             raise UserError("no feature of the coder is active on this prompt: nothing to trace")
@@ -86,9 +87,17 @@ def attribute(
         maker = RowMaker(local, columns, wanted + len(found.weights), fast)
         tracer = _Tracer(local, columns, maker, batch_size or _batch_size(local, columns, memory))
         if wanted == columns.n_features:
-            return _graph(local, columns, found, *tracer.everything(found), inputs)
+            return _graph(local, columns, found, *tracer.everything(found))
         held = HeldRows(columns.n_features, columns.n, memory // 2 // 4)
-        return _graph(local, columns, found, *tracer.best(found, wanted, held), inputs)
+        return _graph(local, columns, found, *tracer.best(found, wanted, held))
+
+
+def _local(
+    model: VLMReplacementModel, inputs: Mapping[str, Any] | LocalModel
+) -> AbstractContextManager[LocalModel]:
+    if isinstance(inputs, LocalModel):
+        return nullcontext(inputs)
+    return freed(LocalModel(model, inputs))
 
 
 def _batch_size(local: LocalModel, columns: Columns, memory: int) -> int:
@@ -178,11 +187,10 @@ def _graph(
     found: Targets,
     selected: Tensor,
     edges: Edges,
-    inputs: Mapping[str, Any],
 ) -> AttributionGraph:
     stack, clt = local.stack, local.clt
-    ids = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    placed = "inputs_embeds" not in inputs
+    ids = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in local.inputs.items()}
+    placed = "inputs_embeds" not in local.inputs
     S = local.n_positions
     return AttributionGraph(
         active_features=columns.features.cpu(),

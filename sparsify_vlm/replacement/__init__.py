@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from sparsify_vlm.replacement.ablation import Ablation
     from sparsify_vlm.replacement.config import EvaluateConfig
     from sparsify_vlm.replacement.excluded import ExcludedTokens
+    from sparsify_vlm.replacement.interventions import Intervention
+    from sparsify_vlm.replacement.local import LocalModel
     from sparsify_vlm.replacement.model import VLMReplacementModel
 
 # Imported when first used: reading the configuration must not import torch.
@@ -16,10 +18,19 @@ _HOMES = {
     "Ablation": "ablation",
     "EvaluateConfig": "config",
     "ExcludedTokens": "excluded",
+    "Intervention": "interventions",
+    "LocalModel": "local",
     "VLMReplacementModel": "model",
 }
 
-__all__ = ["Ablation", "EvaluateConfig", "ExcludedTokens", "VLMReplacementModel"]
+__all__ = [
+    "Ablation",
+    "EvaluateConfig",
+    "ExcludedTokens",
+    "Intervention",
+    "LocalModel",
+    "VLMReplacementModel",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -122,7 +122,7 @@ class LocalModel:
             for layer in layers:
                 stack.callback(_replacing_input(layer, start))
                 stack.callback(_replacing_output(layer, end))
-            stack.callback(_reading_head(self.loaded.model, head))
+            stack.callback(reading_head(self.loaded.model, head))
             out = run(self.loaded, self.inputs)
         before.append(len(record.attention))
         self.record: Record = record
@@ -256,7 +256,7 @@ class LocalModel:
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.freezer.replaying(self.record))
             stack.enter_context(self.stack.replacing(write, self.model.input_site))
-            stack.callback(_reading_head(self.loaded.model, head))
+            stack.callback(reading_head(self.loaded.model, head))
             logits = run(self.loaded, self.inputs).logits[0]
         return LocalOutput(logits, head[1][0], reads)
 
@@ -349,7 +349,7 @@ def _replacing_output(layer: nn.Module, fn: Callable[[Tensor], Tensor]) -> Calla
     return handle.remove
 
 
-def _reading_head(model: Any, kept: list[Tensor]) -> Callable[[], None]:
+def reading_head(model: Any, kept: list[Tensor]) -> Callable[[], None]:
     """Keep what the unembedding is given and what it makes."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -13,7 +13,7 @@ not trained on (`ExcludedTokens`); nothing else of the original MLPs is computed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,14 @@ from sparsify_vlm.models import LoadedModel, Stack, load_model
 from sparsify_vlm.models.stack import InputSite
 from sparsify_vlm.replacement.ablation import Ablation
 from sparsify_vlm.replacement.excluded import ExcludedTokens
+from sparsify_vlm.replacement.interventions import (
+    Intervened,
+    Intervention,
+    Mode,
+    intervene,
+    steered,
+)
+from sparsify_vlm.replacement.local import LocalModel
 
 Write = Callable[[int, Tensor], "Tensor | None"]
 """`write(layer, x) -> y_hat`, both [B, S, d]; layer counts the coder's hookpoints. None keeps the
@@ -119,6 +127,42 @@ class VLMReplacementModel:
         ablate.check(self.clt.cfg)
         sums = _CrossLayerSums(self.clt, ablate, training)
         with self.writing(sums.write):
+            yield
+
+    # ---- tracing
+
+    def attribute(self, inputs: Mapping[str, Any] | LocalModel, **options: Any) -> Any:
+        """The `AttributionGraph` of one prompt; the same as `sparsify_vlm.attribute`."""
+        import sparsify_vlm
+
+        return sparsify_vlm.attribute(self, inputs, **options)
+
+    def intervene(
+        self,
+        inputs: Mapping[str, Any] | LocalModel,
+        interventions: Sequence[Intervention],
+        mode: Mode = "constrained",
+    ) -> Intervened:
+        """Run one prompt with features set to values; nothing of the model is replaced.
+
+            out = model.intervene(inputs, [Intervention(layer, position, latent, 0.0)], "free")
+            out.logits, out.features(graph.active_features)
+
+        `inputs` may be the prompt's `LocalModel`, which saves making it again for many runs. Modes
+        are explained in `interventions.py`. Raises `UserError` for what does not exist.
+        """
+        return intervene(self, inputs, interventions, mode)
+
+    @contextmanager
+    def intervening(self, interventions: Sequence[Intervention]) -> Iterator[None]:
+        """Context in which `loaded` runs and generates with features set, otherwise free.
+
+        with model.intervening([Intervention(6, None, 1234, 8.0)]):
+            model.loaded.model.generate(**inputs)
+
+        One prompt at a time, without padding. Raises `UserError` for what does not exist.
+        """
+        with steered(self, interventions):
             yield
 
     @contextmanager
