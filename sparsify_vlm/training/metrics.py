@@ -39,6 +39,8 @@ def metrics_line(
         "seconds": round(seconds, 3),
         "tokens_per_s": round(tokens_per_s, 1),
         "loss": figures.loss,
+        "penalty": figures.penalty,
+        "auxk": figures.auxk,
         "lr": lr,
         "k": k,
         "fvu": {group: _mean(values) for group, values in layers.items()},

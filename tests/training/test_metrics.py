@@ -25,7 +25,7 @@ def test_every_line_has_every_figure(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [5, 10, 12]
     for line in lines:
         assert list(line) == [
-            *("step", "tokens", "seconds", "tokens_per_s", "loss", "lr", "k"),
+            *("step", "tokens", "seconds", "tokens_per_s", "loss", "penalty", "auxk", "lr", "k"),
             *("fvu", "fvu_layers", "l0", "l0_layers", "dead", "dead_layers"),
         ]
         assert line["tokens"] == line["step"] * 48

@@ -108,6 +108,9 @@ def test_variant(name: str, store: Path, tmp_path: Path) -> None:
     whole = train(settings(tmp_path, run_name="whole", **common), quiet=True)
     found = losses(whole)
     assert len(found) == STEPS
+    last = json.loads((whole / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert (last["penalty"] > 0) == ("penalty" in common)
+    assert (last["auxk"] > 0) <= ("auxk_alpha" in common)
     if "penalty_warmup_steps" not in common:  # there the loss has a part that grows
         assert sum(found[-5:]) < 0.9 * sum(found[:5])
     parts = settings(tmp_path, run_name="parts", **common)
