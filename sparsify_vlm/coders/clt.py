@@ -341,6 +341,7 @@ class Clt(nn.Module):
         seed: int = 0,
         norm_x: Tensor | None = None,
         norm_y: Tensor | None = None,
+        own: Callable[[str, Tensor], Tensor] = lambda _, whole: whole,
     ) -> Clt:
         """Set the weights training starts from, as sparsify does; returns the module.
 
@@ -348,13 +349,14 @@ class Clt(nn.Module):
         the tokens' norms, needed for `normalize_io` only. Encoders are drawn like those of
         `nn.Linear`, on the CPU, so that they are the same on every device. Transcoders: encoder
         bias −W_enc mean_x, decoders 0. Autoencoders: decoder = encoder. The first ŷ_t is mean_y[t].
+        `own` gives this module's part of a parameter, if it is a part of a coder.
         """
         self._set_norms(norm_x, norm_y)
         generator = torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(self.cfg.d_model)
+        drawn = torch.empty(self.cfg.num_latents, self.cfg.d_model)
         for s in self.cfg.source_layers():
-            drawn = torch.empty(self.W_enc[s].shape).uniform_(-bound, bound, generator=generator)
-            self.W_enc[s].copy_(drawn)
+            self.W_enc[s].copy_(own("W_enc", drawn.uniform_(-bound, bound, generator=generator)))
             if self.cfg.transcode:
                 self.b_enc[s].copy_(
                     -(self.W_enc[s] @ self.skip_input(s, mean_x[s].to(self.device)))
@@ -364,7 +366,8 @@ class Clt(nn.Module):
             if self.cfg.activation == "jumprelu":
                 self.threshold[s].fill_(self.cfg.jumprelu_init_threshold)
         for t in self.cfg.target_layers():
-            self.b_dec[t].copy_(mean_y[t].to(self.b_dec[t]) / self.out_scale(t))
+            mean = own("b_dec", mean_y[t].to(self.b_dec[t]))
+            self.b_dec[t].copy_(mean / self.out_scale(t))
         if self.cfg.normalize_decoder and not self.cfg.transcode:
             self.set_decoder_norm_to_unit_norm()
         return self

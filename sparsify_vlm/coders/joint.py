@@ -27,12 +27,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from sparsify_vlm.coders.clt import Clt
 from sparsify_vlm.coders.gradients import Accumulated, Gradients, Ledger
 from sparsify_vlm.coders.kernels import Entries, Kernels, kernels_for
 from sparsify_vlm.coders.objective import Objective, auxk_size, decoder_norms, norm_slopes
+from sparsify_vlm.coders.sharing import ALONE, Sharing
 from sparsify_vlm.coders.source import Source, kept_of_all
 from sparsify_vlm.errors import UserError
 
@@ -63,7 +65,8 @@ class JointStats:
     """[S, T] int64: active latents per token of each of the S layers with a coder."""
 
     fired: list[Tensor]
-    """Per layer with a coder: bool [F], which latents were active at any of these tokens."""
+    """Per layer with a coder: bool [F], which latents (those here, of a divided coder) were active
+    at any of these tokens."""
 
     errors: Tensor
     """[L, T]: ‖y_t − ŷ_t‖² per token, in the coder's dtype."""
@@ -125,6 +128,7 @@ def forward_backward(
     gradients: Gradients | None = None,
     bf16_selection: bool = False,
     reconstruction: float = 1.0,
+    sharing: Sharing = ALONE,
 ) -> JointStats:
     """Hand the gradient of `weight * loss` to `gradients` and report the loss.
 
@@ -136,10 +140,13 @@ def forward_backward(
     the parameters' `.grad`. `bf16_selection`: see selecting.py. `reconstruction` weighs Σ_t FVU_t
     in the loss (0: only the figures are made).
 
+    If `clt` is one of several parts of a coder, all processes in `sharing` call this together, with
+    the whole of the same x and y; each gets the gradient of its part and the figures of the whole.
+
     Raises `UserError` for targets of no variance.
     """
     variance = checked_variance(clt, y, mean_y, variance)
-    step = _Pass(clt, x, k or clt.cfg.k, objective or Objective(), bf16_selection)
+    step = _Pass(clt, x, k or clt.cfg.k, objective or Objective(), bf16_selection, sharing)
     step.variance, step.weight, step.dead = variance, weight, dead
     step.reconstruction = reconstruction
     step.open(gradients or Accumulated(), tokens or step.tokens)
@@ -159,14 +166,23 @@ class _Pass:
     reconstruction: float
     dead: Sequence[Tensor] | None
 
-    def __init__(self, clt: Clt, x: Layers, k: int, objective: Objective, bf16: bool) -> None:
+    def __init__(
+        self,
+        clt: Clt,
+        x: Layers,
+        k: int,
+        objective: Objective,
+        bf16: bool,
+        sharing: Sharing,
+    ) -> None:
         self.clt, self.k, self.objective = clt, min(k, clt.cfg.num_latents), objective
+        self.sharing = sharing
         selecting = kernels_for(clt.W_enc[0], self.k)
         self.sources = [
-            Source(clt, s, x[s], self.k, selecting, bf16) for s in clt.cfg.source_layers()
+            Source(clt, s, x[s], self.k, selecting, bf16, sharing) for s in clt.cfg.source_layers()
         ]
         density = max(source.density for source in self.sources)
-        self.kernels: Kernels = kernels_for(clt.W_enc[0], density)
+        self.kernels: Kernels = kernels_for(clt.W_dec[0][0], density)
         self.tokens = len(self.sources[0].x)
         self.errors = self.sources[0].x.new_full((clt.cfg.n_layers, self.tokens), torch.nan)
         self.penalty = self.errors.new_zeros((), dtype=torch.float64)
@@ -201,7 +217,7 @@ class _Pass:
             kept = list(kept_of_all([source for source, _ in pairs], written, self.k))
             written = [s.written(k, keep) for (s, k), keep in zip(pairs, kept, strict=True)]
         out = self._decode(t, pairs, written)
-        error = torch.sub(y_t.to(clt.dtype), out, out=out)
+        error = torch.sub(self.sharing.own_columns(y_t).to(clt.dtype), out, out=out)
         self.errors[t] = error.square().sum(1)
         scale = float(clt.out_scale(t))
         own = clt.cfg.sources(t)[-1]
@@ -215,13 +231,16 @@ class _Pass:
 
     def _decode(self, t: int, pairs: list[tuple[Source, int]], written: list[Entries]) -> Tensor:
         clt = self.clt
-        out = clt.b_dec[t].expand(self.tokens, -1).clone()
+        bias = clt.b_dec[t].expand(self.tokens, -1)
+        out = torch.zeros_like(bias) if self.sharing.decodes_partly else bias.clone()
         parts = [
             (entries, table)
             for (source, k), entries in zip(pairs, written, strict=True)
             for table in clt.tables(source.s, k)
         ]
         self.kernels.decode(out, parts)
+        if self.sharing.decodes_partly:
+            out = self.sharing.sum_outputs(out).add_(bias)
         for source, k in pairs:
             if (skip := clt.skip(source.s, k)) is not None:
                 out.addmm_(source.x, skip.T, alpha=clt.write_factor(source.s, t))
@@ -243,78 +262,82 @@ class _Pass:
     def _penalise(
         self, source: Source, coefficient: float, decays: dict[nn.Parameter, Tensor]
     ) -> None:
-        clt, s, col = self.clt, source.s, source.selection.col
+        clt, s, col, sharing = self.clt, source.s, source.selection.col, self.sharing
         if self.objective.penalty == "l0":
             self.penalty += coefficient * source.active.sum().double()
             if source.threshold_grad is not None:
                 source.threshold_grad += self.weight * coefficient
             return
         kind = self.objective.penalty_norm
-        norms = decoder_norms(clt, s, kind)
+        norms = decoder_norms(clt, s, kind, sharing)
         values = source.base.values
         z = norms[col] * values
         self.penalty += coefficient * self.objective.curve(z).sum(dtype=torch.float64)
         slope = self.objective.slope(z) * (self.weight * coefficient)
-        source.grad += slope * norms[col]
+        if sharing.counts_once:
+            source.grad += slope * norms[col]
         pull = source.selection.totals(slope * values)
-        for k, q in enumerate(norm_slopes(clt, s, kind, norms)):
+        for k, q in enumerate(norm_slopes(clt, s, kind, norms, sharing)):
             (table,) = clt.tables(s, k)
             decays[table] = decays[table] + pull * q if table in decays else pull * q
 
     def _revived(self, s: int) -> Tensor | None:
-        """The dead latents of layer s that AuxK is to revive."""
-        if self.objective.auxk_alpha == 0 or self.dead is None or not bool(self.dead[s].any()):
+        """The dead latents of layer s, of those here, if AuxK is to revive any of this layer's."""
+        if self.objective.auxk_alpha == 0 or self.dead is None:
             return None
-        return self.dead[s]
+        return self.dead[s] if auxk_size(self.clt, self.dead[s], self.sharing)[0] else None
 
     def _revive(self, source: Source, t: int, dead: Tensor, error: Tensor, scale: float) -> None:
         """AuxK: the gradient of dead latents that predict what is left of the first target."""
-        clt, s = self.clt, source.s
-        size, factor = auxk_size(clt, dead)
-        latents = dead.nonzero().flatten()
-        pre = torch.addmm(clt.b_enc[s][latents], source.read, clt.W_enc[s][latents].T)
-        values, places = pre.topk(size, dim=1, sorted=False)
-        entries = Entries(
-            self.kernels.uniform(latents[places], clt.cfg.num_latents), values.relu().flatten()
-        )
+        clt, s, sharing = self.clt, source.s, self.sharing
+        size, factor = auxk_size(clt, dead, sharing)
+        entries = self._dead_entries(source, sharing.own_latents(dead), size)
         left = torch.zeros_like(error)
         self.kernels.decode(left, [(entries, table) for table in clt.tables(s, 0)])
-        left = left.mul_(scale).sub_(error)
+        left = sharing.sum_outputs(left).mul_(scale).sub_(error)
         share = self.objective.auxk_alpha * factor / self.variance[t]
         self.auxk += share * left.square().sum(dtype=torch.float64)
         G = left.mul_(2 * self.weight * scale * float(share))
         grad = torch.zeros_like(entries.values)
         for table in clt.tables(s, 0):
             grad += self.ledger.table(table, G, entries)
-        source.encoder(self.ledger, Entries(entries.selection, grad * (entries.values > 0)))
+        source.revive(self.ledger, Entries(entries.selection, grad * (entries.values > 0)))
+
+    def _dead_entries(self, source: Source, dead: Tensor, size: int) -> Entries:
+        """The `size` most active of all dead latents; `dead`: those of the encoder's rows here."""
+        clt, s, F = self.clt, source.s, self.clt.cfg.num_latents
+        latents = dead.nonzero().flatten()
+        pre = torch.addmm(clt.b_enc[s][latents], source.read, clt.W_enc[s][latents].T)
+        found = pre.topk(min(size, len(latents)), dim=1, sorted=False)
+        # All processes hand over as many, also those that have fewer.
+        missing = (0, size - found.indices.shape[1])
+        numbers = functional.pad(latents[found.indices], missing)
+        values = functional.pad(found.values, missing, value=-torch.inf)
+        crow, col, pre = self.sharing.global_top(values, numbers, size, F)
+        width = None if self.sharing.decodes_partly else size
+        selection = self.kernels.selection(crow, col, self.sharing.latents_here(F), width)
+        return Entries(selection, pre.relu())
 
     # ---- figures
 
     def stats(self) -> JointStats:
         """What the step reports."""
-        cfg = self.clt.cfg
-        sse = self.errors.sum(1, dtype=torch.float64)
+        cfg, sharing = self.clt.cfg, self.sharing
+        errors = sharing.sum_columns(self.errors)
+        sse = errors.sum(1, dtype=torch.float64)
         counts = torch.stack([s.selection.counts(s.active) for s in self.sources])
+        counts = sharing.sum_features(counts)
         l0 = torch.full_like(sse, torch.nan)
         l0[: len(self.sources)] = counts.double().mean(1)
         fired = []
         for source in self.sources:
-            hit = torch.zeros(cfg.num_latents, dtype=torch.bool, device=sse.device)
+            hit = torch.zeros(source.selection.num_latents, dtype=torch.bool, device=sse.device)
             hit[source.selection.col[source.active]] = True
             fired.append(hit)
         fvu = sse / self.variance
-        loss = self.reconstruction * fvu[cfg.target_offset :].sum() + self.penalty + self.auxk
+        penalty, auxk = sharing.sum_features(self.penalty), sharing.sum_columns(self.auxk)
+        loss = self.reconstruction * fvu[cfg.target_offset :].sum() + penalty + auxk
         lowest = [source.selected.lowest for source in self.sources]
         return JointStats(
-            loss,
-            sse,
-            self.variance,
-            fvu,
-            l0,
-            counts,
-            fired,
-            self.errors,
-            self.penalty,
-            self.auxk,
-            lowest,
+            loss, sse, self.variance, fvu, l0, counts, fired, errors, penalty, auxk, lowest
         )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sparsify_vlm.coders.clt import Clt
+from sparsify_vlm.coders.sharing import ALONE, Sharing
 from sparsify_vlm.errors import UserError
 
 PENALTIES = ("none", "l1", "tanh", "l0")
@@ -71,35 +72,38 @@ class Objective:
         return self.tanh_scale * (1 - torch.tanh(self.tanh_scale * z).square())
 
 
-def table_norms(clt: Clt, s: int) -> list[Tensor]:
-    """Per target of layer `s`: [F], norms of the decoder rows. Differentiable. Not for
-    `secondary_target_tied`, where two tables are added up."""
+def table_norms(clt: Clt, s: int, sharing: Sharing = ALONE) -> list[Tensor]:
+    """Per target of layer `s`: [F], norms of the decoder rows of the latents here. Differentiable
+    if `sharing` is alone. Not for `secondary_target_tied`, where two tables are added up."""
     found = []
     for k in range(len(clt.cfg.targets(s))):
         (table,) = clt.tables(s, k)
-        found.append(table.norm(dim=1))
+        norms = table.norm(dim=1)
+        found.append(norms if sharing.alone else sharing.sum_columns(norms.square()).sqrt())
     return found
 
 
-def decoder_norms(clt: Clt, s: int, kind: str) -> Tensor:
+def decoder_norms(clt: Clt, s: int, kind: str, sharing: Sharing = ALONE) -> Tensor:
     """[F]: norms of the latents of layer `s` over all their targets; `kind` of `PENALTY_NORMS`.
     Differentiable where no norm is 0."""
-    norms = torch.stack(table_norms(clt, s))
+    norms = torch.stack(table_norms(clt, s, sharing))
     return norms.sum(0) if kind == "sum" else norms.norm(dim=0)
 
 
-def norm_slopes(clt: Clt, s: int, kind: str, norms: Tensor) -> list[Tensor]:
+def norm_slopes(
+    clt: Clt, s: int, kind: str, norms: Tensor, sharing: Sharing = ALONE
+) -> list[Tensor]:
     """Per target: [F], the factor q with d norm / d W_row = q · W_row; 0 where the norm is 0."""
     if kind == "concat":
         return [_inverse(norms)] * len(clt.cfg.targets(s))
-    return [_inverse(n) for n in table_norms(clt, s)]
+    return [_inverse(n) for n in table_norms(clt, s, sharing)]
 
 
 def _inverse(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
 
 
-def auxk_size(clt: Clt, dead: Tensor) -> tuple[int, float]:
+def auxk_size(clt: Clt, dead: Tensor, sharing: Sharing = ALONE) -> tuple[int, float]:
     """Number of dead latents that AuxK takes per token, and the factor for having few of them."""
-    n_dead, most = int(dead.sum()), max(clt.cfg.d_model // 2, 1)
+    n_dead, most = sharing.total(int(dead.sum())), max(clt.cfg.d_model // 2, 1)
     return min(most, n_dead), min(n_dead / most, 1.0)

@@ -172,6 +172,14 @@ class TrainConfig(upstream.TrainConfig):
     bf16_moments: bool = False
     """Keep Adam's two moments in bfloat16: 4 bytes per parameter instead of 8."""
 
+    tp: int = 1
+    """Number of processes that hold one coder together (tensor parallel); it divides the number of
+    processes of the run. The others share out the tokens."""
+
+    tp_layout: Literal["auto", "feature", "column"] = "auto"
+    """How `--tp` divides the coders: everything by latents (`feature`), or encoders by latents and
+    decoders by columns of `d_model` (`column`). `auto` takes what sends less."""
+
     resume: bool = False
     """Continue the run of this name exactly where its last checkpoint stands."""
 
@@ -205,6 +213,7 @@ class TrainConfig(upstream.TrainConfig):
         _check_counts(self)
         _check_streaming(self)
         _check_objective(self)
+        _check_parallel(self)
         _check_supported(self)
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite deletes it: give only one")
@@ -335,6 +344,23 @@ def _check_objective(cfg: TrainConfig) -> None:
         )
     if cfg.bf16_selection and cfg.sae.activation != "topk":
         raise UserError("--bf16_selection is for --activation topk only")
+
+
+def _check_parallel(cfg: TrainConfig) -> None:
+    if cfg.tp < 1:
+        raise UserError(f"--tp {cfg.tp}: must be at least 1")
+    if cfg.tp == 1:
+        return
+    if cfg.optimizer == "muon":
+        raise UserError("--tp divides the matrices that --optimizer muon needs whole: take adam")
+    if cfg.loss_fn != "fvu":
+        raise UserError(
+            f"--tp divides the coders, which --loss_fn {cfg.loss_fn} needs whole: take fvu"
+        )
+    if cfg.tp_layout == "column" and not cfg.sae.transcode:
+        raise UserError(
+            "--tp_layout column needs --transcode, as autoencoders read what they write: take feature"
+        )
 
 
 def _check_supported(cfg: TrainConfig) -> None:

@@ -22,14 +22,16 @@ A checkpoint holds whole tensors whatever the layout, so that any other can take
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
+from sparsify_vlm.coders.sharing import Sharing
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.training.distributed import World
 
@@ -51,7 +53,7 @@ a latent fired, is divided; the others are whole everywhere."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Sharing):
     """This process's part of a coder, and what its row of the mesh does together."""
 
     kind: Kind = "feature"
@@ -62,6 +64,21 @@ class Layout:
     """The row's process group; None: a single process."""
     world: World | None = None
     """For what breaks while the row talks."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process holds the whole coder."""
+        return self.parts == 1
+
+    @property
+    def decodes_partly(self) -> bool:
+        """Whether `sum_outputs` has something to add up."""
+        return self.parts > 1 and self.kind == "feature"
+
+    @property
+    def counts_once(self) -> bool:
+        """Whether this process is the one that adds to a value's gradient what all know alike."""
+        return self.kind == "feature" or self.place == 0
 
     # ---- who has what
 
@@ -75,6 +92,22 @@ class Layout:
         if axis is None or whole.shape[axis] == 1:  # batch top-k's one threshold
             return whole
         return whole.chunk(self.parts, axis)[self.place]
+
+    def own_columns(self, y: Tensor) -> Tensor:
+        """[T, columns] of y [T, d]: what is reconstructed here."""
+        return y.chunk(self.parts, 1)[self.place] if self.kind == "column" else y
+
+    def latents_here(self, num_latents: int) -> int:
+        """Number of latents that the entries here may have, of `num_latents` in all."""
+        return num_latents // self.parts if self.kind == "feature" else num_latents
+
+    def own_latents(self, values: Tensor) -> Tensor:
+        """Of values per latent here, those of the encoders' rows."""
+        return values if self.kind == "feature" else values.chunk(self.parts)[self.place]
+
+    def all_latents(self, values: Tensor) -> Tensor:
+        """Values per latent here, from those of the encoders' rows."""
+        return values if self.kind == "feature" else self._gathered(values).flatten()
 
     def gather(self, name: str, part: Tensor, whole_size: int) -> Tensor:
         """The whole of a parameter, or of a tensor of its shape, from all parts; everywhere.
@@ -102,10 +135,12 @@ class Layout:
         [E] and pre [E] of the chosen: by feature those that are here, in own numbers; by column
         all, in global numbers, k per token and in the same order everywhere.
         """
+        if self.parts == 1:
+            return super().global_top(pre, latent, k, num_latents)
         tokens, most = pre.shape
         every = self._gathered(pre).transpose(0, 1).reshape(tokens, -1)
         top = every.topk(min(k, every.shape[1]), dim=1)
-        if self.kind == "feature" and self.parts > 1:
+        if self.kind == "feature":
             kept = torch.zeros_like(every, dtype=torch.bool).scatter_(1, top.indices, True)
             kept = kept.view(tokens, self.parts, most)[:, self.place]
             return _crow(kept.sum(1)), latent[kept], pre[kept]
@@ -125,7 +160,6 @@ class Layout:
         sizes = counts.sum(1).tolist()
         room = max(sizes)
         padding = (0, room - len(latent))
-        pad = torch.nn.functional.pad
         numbers = self._gathered(pad(latent + self.first_latent(num_latents), padding).int())
         values = self._gathered(pad(pre, padding))
         whole = _crow(counts.sum(0))
@@ -146,7 +180,49 @@ class Layout:
         here = (own >= 0) & (own < num_latents // self.parts)
         return here, own[here]
 
+    def largest(self, values: Tensor, count: int) -> Tensor:
+        """Which of `values` [E] are among the `count` largest of all processes' entries, in order;
+        all processes together have at least `count`."""
+        if self.kind == "column" or self.parts == 1:
+            return super().largest(values, count)
+        own = values.topk(min(len(values), count), sorted=False)
+        room = int(self._gathered(torch.tensor([len(own.values)], device=values.device)).max())
+        every = self._gathered(pad(own.values, (0, room - len(own.values)), value=-torch.inf))
+        chosen = every.flatten().topk(count, sorted=False).indices - self.place * room
+        here = chosen[(chosen >= 0) & (chosen < room)]
+        return own.indices[here].sort().values
+
+    def lowest(self, values: Tensor) -> Tensor | None:
+        """The smallest value of all processes' entries; None if there are none."""
+        own = super().lowest(values)
+        if self.kind == "column" or self.parts == 1:
+            return own
+        least = self._gathered((values.new_tensor(torch.inf) if own is None else own)[None]).min()
+        return least if bool(least.isfinite()) else None
+
+    def survivors(self, written: Sequence[Tensor], k: int, positive: bool) -> list[Tensor]:
+        """As `activations.survivors`, over all processes' entries; unused places are -inf."""
+        if self.kind == "column" or self.parts == 1:
+            return super().survivors(written, k, positive)
+        values = torch.cat(list(written), 1)
+        top = values.topk(min(k, values.shape[1]), dim=1)
+        room = (0, k - top.values.shape[1])
+        candidates = pad(top.values, room, value=-torch.inf), pad(top.indices, room)
+        crow, place, chosen = self.global_top(*candidates, k, values.shape[1])
+        row = torch.arange(len(values), device=values.device).repeat_interleave(crow.diff())
+        used = chosen > (0 if positive else -torch.inf)
+        kept = torch.zeros_like(values, dtype=torch.bool)
+        kept[row[used], place[used]] = True
+        return list(kept.split([u.shape[1] for u in written], dim=1))
+
     # ---- sums over the row
+
+    def total(self, number: int) -> int:
+        """Of a number of latents or entries here: that of all processes'."""
+        if self.kind == "column" or self.parts == 1:
+            return number
+        device = None if self.world is None else self.world.device
+        return int(self._summed(torch.tensor(number, device=device)))
 
     def sum_outputs(self, y_hat: Tensor) -> Tensor:
         """ŷ_t [T, d] from what each process decoded, without what all have (b_dec, W_skip)."""
@@ -172,7 +248,7 @@ class Layout:
             self._summed(tensor)
 
     def _summed(self, tensor: Tensor) -> Tensor:
-        if self.world is not None and self.parts > 1:
+        if self.world is not None and self.parts > 1 and tensor.numel():
             with self.world.losing_others():
                 dist.all_reduce(tensor, group=self.group)
         return tensor
@@ -181,6 +257,8 @@ class Layout:
         """[n, ...] of the same shape from each process."""
         if self.world is None or self.parts == 1:
             return part[None]
+        if part.numel() == 0:
+            return part.expand(self.parts, *part.shape)
         whole = part.new_empty(self.parts * part.shape[0], *part.shape[1:])
         with self.world.losing_others():
             dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group)
@@ -200,7 +278,7 @@ def best_kind(d_model: int, k: int, parts: int) -> Kind:
     return "column" if d_model // parts >= 128 and d_model > (parts + 1) * k else "feature"
 
 
-def mesh(world: World, tp: int, kind: Kind) -> tuple[World, Layout]:
+def mesh(world: World, tp: int, kind: Kind = "feature") -> tuple[World, Layout]:
     """The world of those that share out the tokens, and the layout of those that share a coder.
 
     Every process must call it. Raises `UserError` where `tp` does not divide the processes.

@@ -17,7 +17,9 @@ from sparsify_vlm.models.load import usable_device
 from sparsify_vlm.training.checkpoint import RunFolder
 from sparsify_vlm.training.config import RunConfig, TrainConfig
 from sparsify_vlm.training.distributed import World, joined_world
+from sparsify_vlm.training.divided import divided, settled, whole_shapes
 from sparsify_vlm.training.optimizers import warmup_steps
+from sparsify_vlm.training.parallel import Layout, mesh
 from sparsify_vlm.training.sources import LiveSource, StoreSource, TokenSource
 from sparsify_vlm.training.spliced import SplicedLoss
 from sparsify_vlm.training.trainer import Callback, Trainer
@@ -34,7 +36,7 @@ _FREE = frozenset(
         *("micro_acc_steps", "stream_activations", "dead_feature_threshold"),
         *("run_name", "save_dir", "save_every", "resume", "overwrite"),
         *("log_every", "log_to_wandb", "log_to_tensorboard", "log_to_trackio"),
-        "wandb_log_frequency",
+        *("wandb_log_frequency", "tp", "tp_layout"),
     }
 )
 
@@ -57,14 +59,23 @@ def train(
     Raises `UserError` for everything a user can mend; nothing of another run is written over.
     """
     data, run = data or DataConfig(), run or RunConfig()
-    with joined_world() as world:
+    with joined_world() as processes:
+        world, row = mesh(processes, cfg.tp)
         source, model = world.first_then_others(lambda: _source(cfg, data, run, loaded, world))
-        clt = _coders(cfg, source, model)
+        clt, layout = _coders(cfg, source, model, row)
         folder = RunFolder(Path(cfg.save_dir) / (cfg.run_name or "unnamed"))
         world.resumes_from(folder.last_step)
         spliced = _spliced(cfg, source, clt, world)
         trainer = Trainer(
-            cfg, clt, source, folder, world, quiet=quiet, on_step=on_step, spliced=spliced
+            cfg,
+            clt,
+            source,
+            folder,
+            world,
+            quiet=quiet,
+            on_step=on_step,
+            spliced=spliced,
+            layout=layout,
         )
         trainer.settings = _settings(cfg, clt, source, trainer.total)
         world.first_then_others(lambda: _prepare(cfg, folder, trainer, world))
@@ -138,13 +149,16 @@ def coder_config(
     )
 
 
-def _coders(cfg: TrainConfig, source: TokenSource, model: dict[str, Any]) -> Clt:
-    """The coders to train, with zero weights or those of `--finetune`."""
+def _coders(
+    cfg: TrainConfig, source: TokenSource, model: dict[str, Any], row: Layout
+) -> tuple[Clt, Layout]:
+    """The coders to train, with zero weights or those of `--finetune`, and how they are divided."""
     config = coder_config(cfg, source.d_model, source.hookpoints, **model)
-    clt = Clt(config, source.device, torch.float32)
+    layout = settled(row, cfg, config)
+    clt = divided(config, layout, source.device)
     if cfg.finetune is not None:
-        _copy_weights(clt, cfg.finetune)
-    return clt
+        _copy_weights(clt, cfg.finetune, layout)
+    return clt, layout
 
 
 def _spliced(cfg: TrainConfig, source: TokenSource, clt: Clt, world: World) -> SplicedLoss | None:
@@ -161,21 +175,21 @@ def _most_targets(cfg: TrainConfig | EstimateConfig, n_layers: int) -> int:
     return max(n_layers - cfg.sae.target_offset, 1)
 
 
-def _copy_weights(clt: Clt, path: str) -> None:
+def _copy_weights(clt: Clt, path: str, layout: Layout) -> None:
     """Start from the coders of `path`: the same ones, or per-layer ones of the same width, whose
     own-layer decoders are the first targets'; all other decoders then start at 0."""
-    start = load_clt(path, clt.device, clt.dtype)
+    start = load_clt(path, clt.device if layout.alone else "cpu", clt.dtype)
     for name in ("input_site", "transcode", "normalize_io", "divide_cross_layer"):
         theirs, ours = getattr(start.cfg, name), getattr(clt.cfg, name)
         if theirs != ours:
             raise UserError(
                 f"--finetune {path}: its coders have {name} {theirs}, asked for is {ours}"
             )
-    found, wanted = start.state_dict(), clt.state_dict()
+    found, wanted, shapes = start.state_dict(), clt.state_dict(), whole_shapes(clt.cfg)
     per_layer = start.cfg.n_targets == 1 < clt.cfg.n_targets and clt.cfg.target_offset == 0
     for name, value in wanted.items():
-        if name in found and found[name].shape == value.shape:
-            value.copy_(found[name])
+        if name in found and found[name].shape == shapes[name]:
+            value.copy_(layout.own(name, found[name]))
         elif not (per_layer and _of_later_target(name)):
             raise UserError(
                 f"--finetune {path}: its coders have another shape than asked for ('{name}'); give "
@@ -219,11 +233,14 @@ def _announce(trainer: Trainer, done: bool) -> None:
         print(f"--lr_warmup_steps {cfg.lr_warmup_steps} is the whole run: taking {warmup}.")
     verb = f"Resuming at step {trainer.step} of" if trainer.step else "Training for"
     steps = "as many steps as the data gives" if total is None else f"{total} steps"
-    parameters = sum(p.numel() for p in trainer.clt.parameters())
+    layout, shapes = trainer.layout, trainer.shapes
+    parameters = sum(shapes[name].numel() for name, _ in trainer.clt.named_parameters())
+    shared = "" if layout.alone else f", divided by {layout.kind} over {layout.parts} processes"
     print(
         f"{verb} {steps}: {len(clt.source_layers())} coders of {clt.num_latents} latents (k = "
-        f"{clt.k}), each writing to up to {clt.n_targets} layers, {parameters:,} parameters; "
-        f"{cfg.optimizer} at {trainer.optimizers.lr:.2e}. Checkpoints in {trainer.run.path}",
+        f"{clt.k}), each writing to up to {clt.n_targets} layers, {parameters:,} parameters"
+        f"{shared}; {cfg.optimizer} at {trainer.optimizers.lr:.2e}. Checkpoints in "
+        f"{trainer.run.path}",
         flush=True,
     )
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from sparsify_vlm.coders import Clt, CltConfig, JointStats, Objective, forward_backward
+from sparsify_vlm.coders.sharing import ALONE, Sharing
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.models import Role
 from sparsify_vlm.training.at_once import UpdatedAtOnce
@@ -61,7 +62,7 @@ class StepFigures:
     l0: Tensor
     """[3, coders]: mean number of active latents per token."""
     fired: Tensor
-    """bool [coders, F]: which latents were active at any token."""
+    """bool [coders, F]: which latents (those here, of a divided coder) were active at any token."""
     penalty: float
     """The sparsity penalty's part of the loss."""
     auxk: float
@@ -197,6 +198,8 @@ class StepPlan:
     """The loss on the spliced model's predictions, if there is one."""
     at_once: UpdatedAtOnce | None = None
     """Spends the tables' gradients; only for a single pass. None: they are kept in `.grad`."""
+    sharing: Sharing = ALONE
+    """The processes that hold the coders together."""
 
 
 class JointStep:
@@ -211,7 +214,8 @@ class JointStep:
         self._sse, self._variance = torch.zeros(3, layers, **wide), torch.zeros(3, layers, **wide)
         self._active, self._counted = torch.zeros(3, coders, **wide), torch.zeros(3, 1, **wide)
         self._lowest = torch.zeros(2, coders, **wide)  # sum and number
-        self._fired = torch.zeros(coders, clt.cfg.num_latents, dtype=torch.uint8, device=clt.device)
+        here = plan.sharing.latents_here(clt.cfg.num_latents)
+        self._fired = torch.zeros(coders, here, dtype=torch.uint8, device=clt.device)
 
     def add(self, batch: Batch, found: Moments, k: int) -> None:
         """Add one batch's gradient, with `k` active latents per token."""
@@ -241,6 +245,7 @@ class JointStep:
             gradients=plan.at_once,
             bf16_selection=plan.bf16_selection,
             reconstruction=plan.reconstruction,
+            sharing=plan.sharing,
         )
         member = membership(piece.role, torch.float64)
         self._parts += weight * torch.stack([stats.loss, stats.penalty, stats.auxk])

@@ -28,8 +28,10 @@ from sparsify_vlm.training.at_once import UpdatedAtOnce
 from sparsify_vlm.training.checkpoint import RunFolder, disk_full_explained
 from sparsify_vlm.training.config import TrainConfig
 from sparsify_vlm.training.distributed import World
+from sparsify_vlm.training.divided import whole_shapes
 from sparsify_vlm.training.metrics import Line, Metrics, metrics_line
 from sparsify_vlm.training.optimizers import Optimizers
+from sparsify_vlm.training.parallel import Layout
 from sparsify_vlm.training.sources import Batch, TokenSource
 from sparsify_vlm.training.spliced import SplicedLoss
 from sparsify_vlm.training.state import Clock
@@ -45,6 +47,7 @@ from sparsify_vlm.training.step import (
 
 Callback = Callable[[Line], None]
 
+WHOLE = Layout()
 THRESHOLD_RATE = 0.01
 """How far batch top-k's threshold moves in a step towards the batch's smallest activation."""
 
@@ -69,7 +72,11 @@ def planned_steps(cfg: TrainConfig, n_batches: int | None) -> int | None:
 
 
 class Trainer:
-    """Trains `clt` on `source`; `run` must be prepared. Call `fit` once."""
+    """Trains `clt` on `source`; `run` must be prepared. Call `fit` once.
+
+    `clt` is this process's part of the coders in `layout`; `world` are the processes that share out
+    the tokens, which hold the same part.
+    """
 
     def __init__(
         self,
@@ -83,9 +90,10 @@ class Trainer:
         quiet: bool = False,
         on_step: Callback | None = None,
         spliced: SplicedLoss | None = None,
+        layout: Layout = WHOLE,
     ) -> None:
         self.cfg, self.clt, self.source, self.run, self.world = cfg, clt, source, run, world
-        self.spliced = spliced
+        self.spliced, self.layout, self.shapes = spliced, layout, whole_shapes(clt.cfg)
         self.settings = settings or {}
         self.quiet, self.on_step = quiet or not world.is_first, on_step
         self.total = planned_steps(cfg, source.n_batches)
@@ -95,9 +103,8 @@ class Trainer:
         self.clock = Clock()
         self.without_weights = cfg.finetune is None
         torch.manual_seed(cfg.seed)  # for whatever a model may draw; `load` restores a run's own
-        self.since_fired = torch.zeros(
-            len(clt.cfg.source_layers()), clt.cfg.num_latents, dtype=torch.int64, device=clt.device
-        )
+        coders, here = len(clt.cfg.source_layers()), layout.latents_here(clt.cfg.num_latents)
+        self.since_fired = torch.zeros(coders, here, dtype=torch.int64, device=clt.device)
 
     @property
     def finished(self) -> bool:
@@ -199,6 +206,7 @@ class Trainer:
             float("fvu" in cfg.loss_fn),
             self.spliced,
             UpdatedAtOnce(self.clt, self.optimizers, self.world) if self._spends_at_once else None,
+            self.layout,
         )
 
     @property
@@ -252,8 +260,11 @@ class Trainer:
     def _initialise(self, batch: Batch, found: Moments) -> None:
         """Set the starting weights from the first batch that has tokens."""
         if self.without_weights and found.tokens:
-            norms = mean_norms(batch, found, self.world) if self.clt.cfg.normalize_io else ()
-            self.clt.initialise(found.mean_x, found.mean_y, self.cfg.seed, *norms)
+            norm_x = norm_y = None
+            if self.clt.cfg.normalize_io:
+                norm_x, norm_y = mean_norms(batch, found, self.world)
+            means, own = (found.mean_x, found.mean_y), self.layout.own
+            self.clt.initialise(*means, self.cfg.seed, norm_x, norm_y, own)
             self.without_weights = False
 
     def active_latents(self) -> int:
@@ -268,8 +279,8 @@ class Trainer:
     def dead_shares(self) -> list[float]:
         """Per coder: share of latents that have not fired for more than `dead_feature_threshold`
         tokens."""
-        dead = self.since_fired > self.cfg.dead_feature_threshold
-        shares: list[float] = dead.double().mean(1).tolist()
+        dead = (self.since_fired > self.cfg.dead_feature_threshold).sum(1).double()
+        shares: list[float] = (self.layout.sum_features(dead) / self.clt.cfg.num_latents).tolist()
         return shares
 
     def _report(
@@ -308,11 +319,13 @@ class Trainer:
         """
         if self.clock.tokens == 0:
             raise UserError(_no_token(self.step, self.source.skipped))
-        if self.world.is_first:
+        if self.world.rank == 0:  # those that hold a coder together with the first process
             with disk_full_explained(self.run):
-                if metrics is not None:
-                    metrics.sync()
-                self.run.save_state(self.step, *state.of(self, ended))
+                plain, tensors = state.of(self, ended)
+                if self.world.is_first:
+                    if metrics is not None:
+                        metrics.sync()
+                    self.run.save_state(self.step, plain, tensors)
                 state.publish(self)
         self.world.barrier()
 
@@ -331,7 +344,7 @@ class Trainer:
             raise UserError(
                 f"{self.run.path}/resume lacks {error}: it is damaged, the run cannot be resumed"
             ) from None
-        if self.world.is_first:
+        if self.world.rank == 0:
             with disk_full_explained(self.run):
                 state.publish(self)
         return self.finished or (plain["ended"] and self.total is None)

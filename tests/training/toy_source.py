@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from sparsify_vlm.coders import Clt
 from sparsify_vlm.models import Role
 from sparsify_vlm.training.checkpoint import RunFolder
 from sparsify_vlm.training.config import CoderConfig, TrainConfig
 from sparsify_vlm.training.distributed import World
+from sparsify_vlm.training.divided import divided, settled
+from sparsify_vlm.training.parallel import Layout
 from sparsify_vlm.training.run import coder_config
 from sparsify_vlm.training.sources import TokenBatch
 from sparsify_vlm.training.trainer import Trainer
@@ -81,13 +82,16 @@ def toy_trainer(
     *,
     dtype: torch.dtype = torch.float32,
     on_step: Callable[[dict[str, Any]], None] | None = None,
+    row: Layout | None = None,
 ) -> Trainer:
     """A prepared trainer, resumed if `cfg.resume` and there is something to resume."""
     source = source or ToySource()
-    clt = Clt(coder_config(cfg, D_MODEL, source.hookpoints), dtype=dtype)
+    coders = coder_config(cfg, D_MODEL, source.hookpoints)
+    layout = settled(row or Layout(), cfg, coders)
+    clt = divided(coders, layout, "cpu", dtype)
     run = RunFolder(Path(cfg.save_dir) / (cfg.run_name or "unnamed"))
     world = source.world
-    trainer = Trainer(cfg, clt, source, run, world, quiet=True, on_step=on_step)
+    trainer = Trainer(cfg, clt, source, run, world, quiet=True, on_step=on_step, layout=layout)
     if world.is_first:
         run.prepare({"lr": cfg.lr}, resume=cfg.resume, overwrite=cfg.overwrite)
     world.barrier()
