@@ -42,6 +42,9 @@ ROUND = 256
 BATCH = 256
 """Targets that go backwards together, at most."""
 
+BYTES, EDGE_BYTES = 4, 20
+"""Of a number, and of an edge while the graph is made; half of all possible edges are there."""
+
 MEMORY = 4 << 30
 """Bytes for decoder rows, gradients and held rows together, where nothing is said."""
 
@@ -84,11 +87,12 @@ def attribute(
             raise UserError("no feature of the coder is active on this prompt: nothing to trace")
         found = resolve_targets(local, targets, max_n_logits, desired_logit_prob)
         wanted = min(max_feature_nodes or columns.n_features, columns.n_features)
-        maker = RowMaker(local, columns, wanted + len(found.weights), fast)
+        _check_size(columns, wanted, memory)
+        maker = RowMaker(local, columns, wanted + len(found.weights), memory // 4, fast)
         tracer = _Tracer(local, columns, maker, batch_size or _batch_size(local, columns, memory))
         if wanted == columns.n_features:
             return _graph(local, columns, found, *tracer.everything(found))
-        held = HeldRows(columns.n_features, columns.n, memory // 2 // 4)
+        held = HeldRows(columns.n_features, columns.n, memory // 4 // BYTES)
         return _graph(local, columns, found, *tracer.best(found, wanted, held))
 
 
@@ -100,10 +104,22 @@ def _local(
     return freed(LocalModel(model, inputs))
 
 
+def _check_size(columns: Columns, wanted: int, memory: int) -> None:
+    """Raise `UserError` if the edges between so many features do not fit."""
+    needed = wanted * (wanted + columns.n_errors) * EDGE_BYTES // 2
+    if needed > memory:
+        raise UserError(
+            f"{wanted:,} features are active and would be nodes, which takes "
+            f"{needed / 2**30:.1f} GiB: give --max_feature_nodes (say 5000) or more --memory"
+        )
+
+
 def _batch_size(local: LocalModel, columns: Columns, memory: int) -> int:
     """As many targets as fit: gradients, a few copies of them, and the sums by place."""
     d = local.stack.d_model
-    each = local.n_positions * 4 * (6 * d + 2 * (columns.n_slots + local.n_layers))
+    each = BYTES * (
+        local.n_positions * 6 * d + 2 * (local.n_positions * columns.n_slots + columns.n)
+    )
     return max(1, min(BATCH, memory // 4 // each))
 
 

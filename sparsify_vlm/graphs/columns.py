@@ -5,13 +5,14 @@ by position. With the gradient G[l] at the output of layer l, a feature s at pos
 
     Σ_{l written to by s} ⟨G[l][p], u_{s→l} W_{s→l}⟩
 
-so that for each layer l all that is written there is one table of vectors, [S, slots, d]: a slot
-per active latent of each source and one for the error. Only the decoder rows of active latents are
-ever read.
+so that for each layer l all that its sources write there is one table of vectors, [S, slots, d], a
+slot per active latent. Only the decoder rows of active latents are ever read. Tables that all fit
+into memory are made once; else a few sources at a time, whenever they are needed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +45,8 @@ class Columns:
         n_errors: L·S.
     """
 
-    def __init__(self, local: LocalModel, keep_bytes: int) -> None:
-        """`keep_bytes`: tables are kept for the next batch of targets if they all fit."""
+    def __init__(self, local: LocalModel, max_bytes: int) -> None:
+        """`max_bytes`: the most that tables may take; kept if they all fit."""
         self.local = local
         self.S = local.n_positions
         self.slots: dict[int, Slots] = {}
@@ -63,7 +64,8 @@ class Columns:
         self.features = torch.cat(features)
         self.activations = torch.cat(values)
         self.n_errors = local.n_layers * self.S
-        self._tables: dict[int, Tensor] | None = {} if self._bytes() <= keep_bytes else None
+        self._max_bytes, self._kept = max_bytes, self._bytes() <= max_bytes
+        self._tables: dict[int, list[tuple[slice, Tensor]]] = {}
 
     @property
     def n_features(self) -> int:
@@ -75,46 +77,43 @@ class Columns:
         """Number of columns."""
         return self.n_features + self.n_errors + self.S
 
-    def _bytes(self) -> int:
-        slots = sum(1 + sum(w.u.shape[1] for w in ws) for ws in self.local.writes.values())
+    def _bytes(self, layer: int | None = None) -> int:
+        """Size of the tables of one layer or all."""
+        layers = self.local.writes.values() if layer is None else [self.local.writes[layer]]
+        slots = sum(w.u.shape[1] for written in layers for w in written)
         return slots * self.S * self.local.stack.d_model * self.local.errors.element_size()
 
-    def table(self, layer: int) -> Tensor:
-        """[S, 1 + slots of its sources, d]: the error at `layer`, then what its sources write."""
-        if self._tables is not None and layer in self._tables:
-            return self._tables[layer]
-        with torch.no_grad():
-            parts = [self.local.errors[layer][:, None]]
-            parts += [self._written(layer, w.source, w.place, w.u) for w in self.sources(layer)]
-            table = torch.cat(parts, dim=1)
-        if self._tables is not None:
-            self._tables[layer] = table
-        return table
+    def tables(self, layer: int) -> Iterable[tuple[slice, Tensor]]:
+        """What sources write to `layer`: their slots with the vectors [S, slots, d]."""
+        if not self._kept:
+            return self._made(layer)
+        if layer not in self._tables:
+            self._tables[layer] = list(self._made(layer))
+        return self._tables[layer]
 
-    def sources(self, layer: int) -> list[Written]:
-        """What is written to `layer`, by source; sources follow each other without a gap."""
-        return self.local.writes[layer]
+    def _made(self, layer: int) -> Iterator[tuple[slice, Tensor]]:
+        """Tables of several sources together, as far as they fit; their slots have no gaps."""
+        written = self.local.writes[layer]
+        pieces = max(1, -(-2 * self._bytes(layer) // self._max_bytes))
+        together = -(-len(written) // pieces)
+        for first in range(0, len(written), max(1, together)):
+            sources = written[first : first + together]
+            table = torch.cat([self._vectors(layer, w) for w in sources], dim=1)
+            start = self.slots[sources[0].source].first
+            yield slice(start, start + table.shape[1]), table
 
-    def span(self, layer: int) -> slice:
-        """The slots of those sources, in the order of `table`."""
-        written = self.sources(layer)
-        if not written:
-            return slice(0, 0)
-        last = self.slots[written[-1].source]
-        return slice(self.slots[written[0].source].first, last.first + last.width)
-
-    def _written(self, layer: int, source: int, place: int, u: Tensor) -> Tensor:
-        clt, order = self.local.clt, self.slots[source].order
-        s = self.local.coder_layer(source)
-        indices = self.local.latents[source].indices.gather(1, order)
-        first, *others = clt.tables(s, place)
+    @torch.no_grad()
+    def _vectors(self, layer: int, written: Written) -> Tensor:
+        """u W [S, K, d] of one source."""
+        clt, slots = self.local.clt, self.slots[written.source]
+        s, t = self.local.coder_layer(written.source), self.local.coder_layer(layer)
+        indices = self.local.latents[written.source].indices.gather(1, slots.order)
+        first, *others = clt.tables(s, written.place)
         rows = first[indices]
         for W in others:
             rows = rows + W[indices]
-        t = self.local.coder_layer(layer)
-        active = self.slots[source].active
         factor = clt.write_factor(s, t) * clt.out_scale(t)
-        return rows * (u.gather(1, order) * active * factor)[..., None]
+        return rows * (written.u.gather(1, slots.order) * slots.active * factor)[..., None]
 
     def gathered(self, slots: Tensor, errors: Tensor, tokens: Tensor) -> Tensor:
         """Rows [T, columns] from sums by place: slots [S, T, n_slots], errors [L, S, T],

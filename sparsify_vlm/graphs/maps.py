@@ -33,13 +33,20 @@ TOLERANCE = 1e-3
 
 @dataclass
 class AttentionMap:
-    """One layer. V [values, d]; W [d, heads · width]; pattern [kv heads, group, S, S] times r and
-    s; reach [S]: the furthest position that any query up to here looks at."""
+    """One layer. V [values, d]; W [d, heads · width]; pattern [kv heads, group, S, S];
+    r, s [S]; reach [S]: the furthest position that any query up to here looks at."""
 
     V: Tensor
     W: Tensor
     pattern: Tensor
+    r: Tensor
+    s: Tensor
     reach: Tensor
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the matrices."""
+        return (self.V.numel() + self.W.numel()) * self.V.element_size()
 
     def cross(self, gradients: Tensor) -> Tensor:
         """From gradients [P, T, d] at the stream after attention to those [P', T, d] before it;
@@ -50,7 +57,8 @@ class AttentionMap:
         flat = gradients.reshape(P * T, d)
         heads = (flat @ self.W).view(P, T, kv, group, -1)
         mixed = heads.permute(2, 3, 0, 1, 4).reshape(kv, group * P, -1)
-        pattern = self.pattern[:, :, :P, :ahead].reshape(kv, group * P, ahead)
+        pattern = self.pattern[:, :, :P, :ahead] * self.r[:P, None] * self.s[:ahead]
+        pattern = pattern.view(kv, group * P, ahead)
         values = torch.bmm(pattern.transpose(1, 2), mixed).view(kv, ahead, T, -1)
         values = values.permute(1, 2, 0, 3).reshape(ahead * T, -1)
         if ahead > P:
@@ -63,8 +71,12 @@ class AttentionMap:
         kv, group, *_ = self.pattern.shape
         ahead = int(self.reach[int(positions.max())]) + 1
         heads = (gradients @ self.W).view(T, kv, group, -1).transpose(0, 1)
-        pattern = self.pattern[:, :, positions, :ahead].permute(0, 2, 3, 1)
-        values = torch.matmul(pattern, heads).permute(2, 1, 0, 3).reshape(ahead * T, -1)
+        pattern = self.pattern[:, :, positions, :ahead] * self.r[positions, None] * self.s[:ahead]
+        values = (
+            torch.matmul(pattern.permute(0, 2, 3, 1), heads)
+            .permute(2, 1, 0, 3)
+            .reshape(ahead * T, -1)
+        )
         found = (values @ self.V).view(ahead, T, d)
         found[positions, torch.arange(T, device=positions.device)] += gradients
         return found
@@ -81,17 +93,11 @@ def attention_map(local: LocalModel, layer: int) -> AttentionMap | None:
     if values is None or out is None:
         return None
     (V, s), (W, r) = values, out
-    pattern = call.pattern * r[:, None] * s
-    furthest = torch.where(
-        (call.pattern != 0).any(0), torch.arange(S, device=pattern.device), 0
-    ).amax(1)
-    furthest = torch.maximum(furthest, torch.arange(S, device=pattern.device))
-    found = AttentionMap(
-        V,
-        W.contiguous(),
-        pattern.view(kv, heads // kv, S, S),
-        furthest.cummax(0).values.cpu(),
-    )
+    pattern = call.pattern.view(kv, heads // kv, S, S)
+    here = torch.arange(S, device=pattern.device)
+    furthest = torch.where((call.pattern != 0).any(0), here, 0).amax(1)
+    reach = torch.maximum(furthest, here).cummax(0).values.cpu()
+    found = AttentionMap(V, W, pattern, r, s, reach)
     return found if _agrees(local, layer, segment, found) else None
 
 

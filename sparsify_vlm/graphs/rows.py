@@ -3,7 +3,7 @@
 A batch of targets goes down the layers once. At layer l, from the top:
 
 1. G [positions, targets, d] is the gradient at the layer's output: its products with what is
-   written there (`Columns.table`) are added to the rows.
+   written there (`Columns.tables`) are added to the rows.
 2. Through skip connections of the coder at l, gradients of the layers it writes to reach x_l.
 3. Targets that are read at l join, each with a gradient at its own position.
 4. Attention with its frozen pattern takes G to the layer's start, that is the output of layer l-1.
@@ -48,17 +48,31 @@ class RowMaker:
     """Makes rows [T, columns] of one prompt."""
 
     def __init__(
-        self, local: LocalModel, columns: Columns, expected_targets: int, fast: bool | None = None
+        self,
+        local: LocalModel,
+        columns: Columns,
+        expected_targets: int,
+        max_bytes: int,
+        fast: bool | None = None,
     ) -> None:
-        """`fast` None: matrices are read off if it pays for `expected_targets`."""
+        """`fast` None: matrices are read off if it pays for `expected_targets`; they are kept if
+        those of all layers fit into `max_bytes`, else made anew for every batch."""
         self.local, self.columns = local, columns
         if fast is None:
             fast = expected_targets * local.n_positions > PAYS * local.stack.d_model
-        self.maps: list[AttentionMap | None] = [
-            attention_map(local, layer) if fast else None for layer in range(local.n_layers)
-        ]
+        self.fast, self._max_bytes = fast, max_bytes
+        self._maps: dict[int, AttentionMap | None] = {}
         self.device = local.errors.device
         self.dtype = torch.promote_types(local.errors.dtype, torch.float32)
+
+    def map(self, layer: int) -> AttentionMap | None:
+        """The layer's matrices; None where autograd is to be used."""
+        if not self.fast or layer in self._maps:
+            return self._maps.get(layer)
+        found = attention_map(self.local, layer)
+        if found is None or found.n_bytes * self.local.n_layers <= self._max_bytes:
+            self._maps[layer] = found
+        return found
 
     @torch.no_grad()
     def rows(self, reads: Reads) -> Tensor:
@@ -116,10 +130,10 @@ class _Descent:
         P, T = self.G.shape[:2]
         if not T:
             return
-        table = self.columns.table(layer)[:P].to(self.G.dtype)
-        products = torch.bmm(self.G, table.transpose(1, 2))
-        self.errors[layer, :P, :T] = products[:, :, 0]
-        self.slots[:P, :T, self.columns.span(layer)] += products[:, :, 1:]
+        for slots, table in self.columns.tables(layer):
+            vectors = table[:P].to(self.G.dtype).transpose(1, 2)
+            self.slots[:P, :T, slots] += torch.bmm(self.G, vectors)
+        self.errors[layer, :P, :T] = self._products(self.local.errors[layer, :P])
         if layer in self.local.injected:
             self.tokens[:P, :T] += self._products(self.local.injected[layer][:P])
 
@@ -137,7 +151,7 @@ class _Descent:
 
     def _attended(self, layer: int) -> None:
         fresh = (self.reads.layer == layer).nonzero()[:, 0]
-        map = self.maker.maps[layer]
+        map = self.maker.map(layer)
         joining = None
         if len(fresh):
             positions = self.reads.position[fresh]

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STEPS = 128
 FLOOR = 1e-8
+PIECE = 64
+"""Rows whose absolute values are held at a time."""
 
 
 class HeldRows:
@@ -38,22 +39,20 @@ class HeldRows:
 
     def influence(self, weights: Tensor) -> Tensor:
         """[held]: what reaches the held columns from the targets with `weights` [targets]."""
-        place = torch.full((self.n_features,), -1, dtype=torch.int64)
-        chosen = self.nodes >= 0
-        held_features = self.held < self.n_features
-        place[self.held[held_features]] = torch.arange(int(held_features.sum()))
+        chosen = (self.nodes >= 0).nonzero()[:, 0]
+        columns = torch.searchsorted(self.held, self.nodes[chosen])
         scale = 1 / self.sums.clamp(min=FLOOR)
-        now = torch.zeros(len(self.nodes))
-        now[: len(weights)] = weights
-        total = torch.zeros(len(self.held))
-        for _ in range(STEPS):
-            step = (now * scale) @ self.rows.abs()
-            if not bool(step.any()):
-                break
-            total += step
+        between = self.rows[:, columns].abs() * scale[:, None]
+        flow = torch.zeros(len(self.nodes))
+        flow[: len(weights)] = weights
+        now = flow.clone()
+        while bool(now.any()):
+            reached = now @ between
             now = torch.zeros_like(now)
-            now[chosen] = step[place[self.nodes[chosen]]]
-        return total
+            now[chosen] = reached
+            flow += now
+        parts = zip((flow * scale).split(PIECE), self.rows.split(PIECE), strict=True)
+        return sum((share @ rows.abs() for share, rows in parts), torch.zeros(len(self.held)))
 
     def next(self, weights: Tensor, count: int) -> Tensor:
         """The `count` most influential features without a row, best first; and let go of columns
