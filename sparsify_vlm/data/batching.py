@@ -6,9 +6,9 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING, TypeVar
 
 from sparsify_vlm.data.encoding import EncodedBatch, decode_images, encode_decoded
@@ -38,6 +38,7 @@ def batches(
     world: int = 1,
     *,
     with_answer: bool = True,
+    wanted: Callable[[int], bool] = lambda number: True,
 ) -> Iterator[EncodedBatch]:
     """The batches of one process.
 
@@ -45,7 +46,8 @@ def batches(
     takes the r-th of `world` contiguous parts. Bad samples leave their place empty, so a batch may
     be smaller than `batch_size`; the last one is also smaller, split as evenly as it goes. A
     process whose part is empty gets a batch without samples, so that all ranks count the same
-    batches. Starting late costs nothing where rows can be had by number.
+    batches. Starting late costs nothing where rows can be had by number. `wanted` is asked for
+    every global batch there is, in order; those that it does not want are passed over undecoded.
 
     Raises:
         BadSample: for a sample that cannot be used, unless the source's configuration skips those.
@@ -53,11 +55,17 @@ def batches(
     numbered = source.pending(start * batch_size * world)
     prompter = Prompter.of(loaded)
     with ThreadPoolExecutor(min(DECODING_THREADS, os.cpu_count() or 1)) as pool:
-        while part := list(islice(numbered, batch_size * world)):
+        for number in count(start):
+            if not (part := list(islice(numbered, batch_size * world))):
+                return
+            if not wanted(number):
+                continue
             n = len(part)
             mine = part[n * rank // world : n * (rank + 1) // world]
             samples = [s for s in map(source.resolve, mine) if s is not None]
-            yield _encode_usable(source, loaded, prompter, samples, ctx_len, with_answer, pool)
+            made = _encode_usable(source, loaded, prompter, samples, ctx_len, with_answer, pool)
+            made.number = number
+            yield made
 
 
 def _encode_usable(

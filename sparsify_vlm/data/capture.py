@@ -4,14 +4,16 @@
     lanes (this thread)    batch → forward, with x and y of every layer copied out as they appear
     writing thread         rows → shards on disk (`store_writer.py`)
 
+Under torchrun every process captures its share of the batches (`store_shares.py`).
+
 The model is run once; every activation is stored once. A capture that was cut off is continued by
 the same command, at the batch after the last finished shard, with the batches formed as before.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, fields
@@ -25,6 +27,7 @@ from sparsify_vlm.errors import UserError
 if TYPE_CHECKING:
     from sparsify_vlm.data.encoding import EncodedBatch
     from sparsify_vlm.data.sources import SampleSource
+    from sparsify_vlm.data.store_shares import Share
     from sparsify_vlm.data.store_writer import StoreWriter, TokenRows
     from sparsify_vlm.models import InputSite, LoadedModel
 
@@ -131,28 +134,46 @@ def capture(cfg: CaptureConfig, loaded: LoadedModel | None = None) -> Path:
         UserError: the model or the dataset cannot be had or used; the folder holds something else;
             values are not finite; the disk is full (finished shards are intact).
     """
+    from sparsify_vlm.data.capture_manifest import capture_manifest, summary
     from sparsify_vlm.data.sources import open_samples
+    from sparsify_vlm.data.store_shares import Share, has_parts
     from sparsify_vlm.data.store_writer import StoreWriter, disk_errors_told
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("capture runs in one process: start it without torchrun")
     loaded = loaded or _load(cfg)
     layers = _chosen_layers(cfg, loaded)
     source = open_samples(_data_config(cfg), loaded)
-    writer = StoreWriter(
-        cfg.output_dir,
-        _manifest(cfg, loaded, layers, source),
-        cfg.shard_tokens or _default_shard_tokens(cfg, loaded, layers),
-    )
+    size = batch_size(cfg, loaded, layers)
+    shard_tokens = cfg.shard_tokens or _default_shard_tokens(cfg, loaded, layers)
+    manifest = capture_manifest(cfg, loaded, layers, source, size, shard_tokens)
+    store = StoreWriter(cfg.output_dir, manifest, shard_tokens)
+    rank, world = _place()
+    shared = world > 1 or has_parts(store.path)
+    writer = Share(store, rank, world) if shared else store
     with disk_errors_told(writer), writer:
-        if writer.complete:
-            print(f"{cfg.output_dir} is complete: {_summary(writer)}")
-            return writer.path
-        _run(cfg, loaded, layers, source, writer)
-    print(f"{cfg.output_dir}: {_summary(writer)}")
-    for reason in writer.skipped:
-        print(f"  skipped {reason}")
-    return writer.path
+        if store.complete:
+            print(f"{cfg.output_dir} is complete: {summary(store)}")
+            return store.path
+        _run(cfg, loaded, layers, source, writer, world)
+    _tell(store, world)
+    return store.path
+
+
+def _place() -> tuple[int, int]:
+    """Which process this is, of how many, by torchrun's variables."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _tell(store: StoreWriter, world: int) -> None:
+    """Say what is stored: of several processes the last does, whichever's output is shown."""
+    from sparsify_vlm.data.capture_manifest import summary
+
+    if not store.complete:
+        print(f"{store.path}: this process is done; the last one joins what all have captured")
+        return
+    out = sys.__stdout__ if world > 1 else sys.stdout
+    print(f"{store.path}: {summary(store)}", file=out)
+    for reason in store.skipped:
+        print(f"  skipped {reason}", file=out)
 
 
 def _run(
@@ -160,7 +181,8 @@ def _run(
     loaded: LoadedModel,
     layers: list[int],
     source: SampleSource,
-    writer: StoreWriter,
+    writer: StoreWriter | Share,
+    world: int,
 ) -> None:
     from sparsify_vlm.data.batching import prefetched
     from sparsify_vlm.data.lanes import in_order, lanes, threads_divided
@@ -170,8 +192,9 @@ def _run(
     models = lanes(loaded, BATCH_BYTES // (size * _sample_bytes(loaded, layers)))
     workers = [partial(_token_rows, cfg, model, layers) for model in models]
     done = writer.samples + len(writer.skipped)
-    bar = Progress("Capturing", source.size, unit="samples", initial=done, quiet=cfg.quiet)
-    encoded = prefetched(_encoded(cfg, size, loaded, source, writer.batches))
+    total = None if source.size is None else -(-source.size // world)
+    bar = Progress("Capturing", total, unit="samples", initial=done, quiet=cfg.quiet)
+    encoded = prefetched(_encoded(cfg, size, loaded, source, writer))
     with (
         bar,
         threads_divided(len(models)),
@@ -185,13 +208,17 @@ def _run(
 
 
 def _encoded(
-    cfg: CaptureConfig, size: int, loaded: LoadedModel, source: SampleSource, start: int
+    cfg: CaptureConfig,
+    size: int,
+    loaded: LoadedModel,
+    source: SampleSource,
+    writer: StoreWriter | Share,
 ) -> Iterator[tuple[EncodedBatch, list[str]]]:
-    """The batches from number `start` on, each with the samples that it had to leave out."""
+    """The batches that are to be stored, each with the samples that it had to leave out."""
     from sparsify_vlm.data.batching import batches
 
-    known = 0
-    for batch in batches(source, loaded, size, cfg.ctx_len, start=start):
+    known, start = 0, writer.batches
+    for batch in batches(source, loaded, size, cfg.ctx_len, start=start, wanted=writer.wants):
         bad = source.bad
         yield batch, bad[known:]
         known = len(bad)
@@ -212,12 +239,12 @@ def _token_rows(
     batch, skipped = encoded
     dtype = getattr(torch, cfg.dtype)
     if not len(batch):
-        return _no_rows(len(layers), loaded.stack.d_model, dtype, skipped)
+        return _no_rows(len(layers), loaded.stack.d_model, dtype, skipped, batch.number)
     site = cast("InputSite", cfg.input_site)
     table = record_tokens(loaded, batch.inputs, site, layers, dtype=dtype)
     columns = ("x", "y", "input_ids", "position", "sample", "role", "patch")
     copies = {name: _to_cpu(getattr(table, name)) for name in columns}
-    rows = TokenRows(**copies, samples=batch.ids, skipped=skipped)
+    rows = TokenRows(**copies, samples=batch.ids, skipped=skipped, number=batch.number)
     if loaded.device.type == "cuda":
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(loaded.device))
@@ -235,7 +262,7 @@ def _to_cpu(values: Any) -> Any:
     return out.copy_(values, non_blocking=True)
 
 
-def _no_rows(n_layers: int, d_model: int, dtype: Any, skipped: list[str]) -> TokenRows:
+def _no_rows(n_layers: int, d_model: int, dtype: Any, skipped: list[str], number: int) -> TokenRows:
     import torch
 
     from sparsify_vlm.data.store_writer import TokenRows
@@ -243,9 +270,8 @@ def _no_rows(n_layers: int, d_model: int, dtype: Any, skipped: list[str]) -> Tok
     nothing = torch.empty(0, dtype=torch.int32)
     values = torch.empty(n_layers, 0, d_model, dtype=dtype)
     patch = torch.empty(0, 2, dtype=torch.int16)
-    return TokenRows(
-        values, values, nothing, nothing, nothing, nothing.to(torch.uint8), patch, [], skipped
-    )
+    table = (nothing, nothing, nothing, nothing.to(torch.uint8), patch)
+    return TokenRows(values, values, *table, [], skipped, number)
 
 
 def _data_config(cfg: CaptureConfig) -> DataConfig:
@@ -258,7 +284,7 @@ def _load(cfg: CaptureConfig) -> LoadedModel:
 
     return load_model(
         cfg.model,
-        cfg.device,
+        _device(cfg),
         cfg.model_dtype,
         revision=cfg.revision,
         trust_remote_code=cfg.trust_remote_code,
@@ -268,6 +294,15 @@ def _load(cfg: CaptureConfig) -> LoadedModel:
     )
 
 
+def _device(cfg: CaptureConfig) -> str | None:
+    """`--device`; of several processes on a machine with several GPUs each takes its own."""
+    import torch
+
+    if cfg.device not in (None, "cuda") or not torch.cuda.is_available() or _place()[1] == 1:
+        return cfg.device
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
 def _chosen_layers(cfg: CaptureConfig, loaded: LoadedModel) -> list[int]:
     n_layers = loaded.stack.n_layers
     if wrong := [layer for layer in cfg.layers if not 0 <= layer < n_layers]:
@@ -275,16 +310,6 @@ def _chosen_layers(cfg: CaptureConfig, loaded: LoadedModel) -> list[int]:
     if cfg.hookpoints:
         return loaded.stack.match(cfg.hookpoints)
     return sorted(set(cfg.layers)) or list(range(n_layers))
-
-
-def _n_targets(cfg: CaptureConfig, n_layers: int) -> int:
-    """As asked for, at most as many as there are."""
-    most = n_layers - cfg.target_offset
-    if most < 1:
-        raise UserError("--target_offset 1 needs at least two layers: one has no next one")
-    if cfg.n_targets is not None and cfg.n_targets > most:
-        print(f"--n_targets {cfg.n_targets} is more than {most}, the most there are: taking {most}")
-    return min(cfg.n_targets or most, most)
 
 
 def batch_size(cfg: CaptureConfig, loaded: LoadedModel, layers: list[int]) -> int:
@@ -304,65 +329,3 @@ def _default_shard_tokens(cfg: CaptureConfig, loaded: LoadedModel, layers: list[
 
     per_token = 2 * len(layers) * loaded.stack.d_model * getattr(torch, cfg.dtype).itemsize
     return max(1, SHARD_BYTES // per_token)
-
-
-def _manifest(
-    cfg: CaptureConfig, loaded: LoadedModel, layers: list[int], source: SampleSource
-) -> dict[str, Any]:
-    """Everything that decides what is stored; a continued capture must have the same."""
-    from sparsify_vlm.data.store_format import canonical_model
-
-    every = list(range(len(layers)))
-    return {
-        "model": canonical_model(cfg.model),
-        "revision": loaded.revision,
-        "weights": weights_fingerprint(loaded.model),
-        "model_dtype": str(loaded.dtype).removeprefix("torch."),
-        "processor": type(loaded.processor).__name__,
-        "dataset": {
-            "name": source.name,
-            "split": cfg.split,
-            "ctx_len": cfg.ctx_len,
-            "fingerprint": source.fingerprint,
-        },
-        "hookpoints": [loaded.stack.hookpoints[layer] for layer in layers],
-        "d_model": loaded.stack.d_model,
-        "dtype": cfg.dtype,
-        "n_targets": _n_targets(cfg, len(layers)),
-        "target_offset": cfg.target_offset,
-        "sites": {"x": cfg.input_site, "y": "mlp_out"},
-        "x_layers": every,
-        "y_layers": every,
-        "bos_token_id": loaded.tokenizer.bos_token_id,
-        "batch_size": batch_size(cfg, loaded, layers),
-        "shard_tokens": cfg.shard_tokens or _default_shard_tokens(cfg, loaded, layers),
-    }
-
-
-def weights_fingerprint(model: Any) -> str:
-    """Of every parameter's name, shape and first values, so that retrained weights are told apart.
-
-    Parameters that are offloaded to the disk count by name and shape only.
-    """
-    import torch
-
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        if parameter.device.type != "meta":
-            first = parameter.detach().reshape(-1)[:16].to("cpu", torch.float32)
-            digest.update(first.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _summary(writer: StoreWriter) -> str:
-    roles: dict[str, int] = {}
-    for shard in writer.shards:
-        for role, n in shard.roles.items():
-            roles[role] = roles.get(role, 0) + n
-    split = ", ".join(f"{n:,} {role}" for role, n in roles.items())
-    size = sum(file.stat().st_size for file in writer.path.iterdir()) / 1e9
-    left_out = f", {len(writer.skipped)} skipped" if writer.skipped else ""
-    return (
-        f"{writer.samples:,} samples{left_out}, {writer.tokens:,} tokens ({split}), {size:.2f} GB"
-    )

@@ -36,10 +36,12 @@ class EncodedBatch:
     Attributes:
         inputs: what the processor returned; `input_ids` and `attention_mask` are [B, S].
         samples: the samples, in the order of the rows.
+        number: its number among the global batches, where it is one of `batches`.
     """
 
     inputs: dict[str, Tensor]
     samples: list[Sample]
+    number: int = field(default=0, kw_only=True)
     _prompter: Prompter | None = field(default=None, repr=False)
     _prompts: list[Prompt | None] = field(default_factory=list, repr=False)
     _lengths: list[int] = field(default_factory=list, repr=False)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,7 +172,7 @@ class ActivationStore:
     @cached_property
     def fingerprint(self) -> str:
         """Of what is stored: two stores with the same one give the same batches."""
-        shards = [asdict(shard) for shard in self.shards]
+        shards = [json.loads(shard.line()) for shard in self.shards]
         text = json.dumps([self.hookpoints, self.input_site, shards], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

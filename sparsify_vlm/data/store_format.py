@@ -50,12 +50,17 @@ class Shard:
     """Samples left out, as "id: reason"."""
     sha256: dict[str, str]
     """Of the two files, by "x" and "y"."""
+    numbers: list[int] | None = None
+    """Which batches it holds, where several processes captured; None: the next ones."""
     format: str = field(default=SHARD_FORMAT)
     version: int = field(default=VERSION)
 
     def line(self) -> str:
         """As it stands in the file."""
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+        values = asdict(self)
+        if self.numbers is None:
+            del values["numbers"]
+        return json.dumps(values, ensure_ascii=False) + "\n"
 
 
 def shard_name(number: int) -> str:

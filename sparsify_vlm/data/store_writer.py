@@ -9,18 +9,19 @@ temporary files and starts at the first batch that no line counts.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from sparsify_vlm.data.store_files import append, drop_unfinished, is_temporary, lock
 from sparsify_vlm.data.store_format import (
     ABOUT_PROGRESS,
     FORMAT,
@@ -52,7 +53,8 @@ class TokenRows:
 
     x, y: [L, T, d_model]; input_ids, position, sample [T] int32 (sample counts within the batch);
     role [T] uint8; patch [T, 2] int16. `samples` are the samples' ids, `skipped` those left out as
-    "id: reason", `ready` waits until the tensors are filled (copies from a GPU).
+    "id: reason", `number` is the batch's own, `ready` waits until the tensors are filled (copies
+    from a GPU).
     """
 
     x: Tensor
@@ -64,6 +66,7 @@ class TokenRows:
     patch: Tensor
     samples: list[str]
     skipped: list[str] = field(default_factory=list)
+    number: int = 0
     ready: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
@@ -77,13 +80,23 @@ class StoreWriter:
     is the number of batches that are already stored, `complete` whether nothing is left to do.
     Up to three shards are in memory: one being filled, one waiting, one being written.
 
+    A `numbered` store holds some of the batches: they are told apart by their numbers, and samples
+    count from batch number · batch_size, as far as they are where no sample is skipped.
+
     Entering raises `UserError` if the folder holds anything but a capture with the same manifest,
     or is being written to by another process. `add` and `finish` raise what the thread met: an
     `OSError`, or `UserError` for values that are not finite.
     """
 
-    def __init__(self, path: str | Path, manifest: dict[str, Any], shard_tokens: int) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        manifest: dict[str, Any],
+        shard_tokens: int,
+        numbered: bool = False,
+    ) -> None:
         self.path = Path(path)
+        self.numbered = numbered
         self.manifest = {"format": FORMAT, "version": VERSION, **manifest}
         self.shard_tokens = shard_tokens
         self.shards: list[Shard] = []
@@ -117,9 +130,9 @@ class StoreWriter:
 
     def __enter__(self) -> StoreWriter:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path)
+        self._lock = lock(self.path)
         try:
-            self._open()
+            self.open()
         except BaseException:
             os.close(self._lock)
             raise
@@ -133,6 +146,10 @@ class StoreWriter:
         self._thread.join()
         os.close(self._lock)
 
+    def wants(self, number: int) -> bool:
+        """Whether the batch is still to be stored."""
+        return number >= self.batches
+
     def add(self, batch: TokenRows) -> None:
         """Store a batch. Waits only while a whole shard is waiting for the disk."""
         self._filling.append(batch)
@@ -141,12 +158,25 @@ class StoreWriter:
 
     def finish(self) -> None:
         """Write what is left and declare the store complete. Raises `UserError` if it is empty."""
-        left_out = [reason for batch in self._filling for reason in batch.skipped]
-        if any(map(len, self._filling)):
+        left_out: list[str] = []
+        if not any(map(len, self._filling)):
+            left_out = [reason for batch in self._filling for reason in batch.skipped]
+            self._filling = []
+        self.flush()
+        self.declare_complete(left_out)
+
+    def flush(self) -> None:
+        """Write all batches that were added, the last shard however small."""
+        if self._filling:
             self._hand_over()
-            left_out = []
         self._waiting.join()
         self._raise()
+
+    def declare_complete(self, left_out: Sequence[str] = ()) -> None:
+        """Say in the manifest that nothing is to follow; `left_out` were skipped in no shard.
+
+        Raises `UserError` if there is no shard.
+        """
         if not self.shards:
             raise UserError(f"nothing was captured into {self.path}: no sample could be used")
         self._write_manifest(True, [*self.skipped, *left_out])
@@ -173,11 +203,11 @@ class StoreWriter:
                 self._waiting.task_done()
 
     def _write_shard(self, batches: list[TokenRows]) -> None:
-        first = self.batches
-        for number, batch in enumerate(batches, first):
+        for place, batch in enumerate(batches, self.batches):
             batch.ready()
-            self._check_finite(batch, number)
-        name, tables = shard_name(len(self.shards)), _tables(batches, self.samples)
+            self._check_finite(batch, batch.number if self.numbered else place)
+        name = shard_name(len(self.shards))
+        tables = _tables(batches, self._first_samples(batches))
         ids = [id for batch in batches for id in batch.samples]
         digests = {}
         for kind, pieces in tables.items():
@@ -191,9 +221,17 @@ class StoreWriter:
             roles=_count_roles(batches),
             skipped=[reason for batch in batches for reason in batch.skipped],
             sha256=digests,
+            numbers=[batch.number for batch in batches] if self.numbered else None,
         )
-        _append(self.path / SHARDS, shard.line())
+        append(self.path / SHARDS, shard.line())
         self.shards = [*self.shards, shard]
+
+    def _first_samples(self, batches: list[TokenRows]) -> list[int]:
+        """The number within the store of every batch's first sample."""
+        if self.numbered:
+            return [batch.number * self.manifest["batch_size"] for batch in batches]
+        before = [0, *accumulate(len(batch.samples) for batch in batches)]
+        return [self.samples + n for n in before[:-1]]
 
     def _write_file(
         self, shard: str, kind: str, pieces: dict[str, list[Tensor]], about: dict[str, Any]
@@ -224,16 +262,19 @@ class StoreWriter:
                 "NaN or infinity: another dtype of the model or of the store may help"
             )
 
-    def _open(self) -> None:
-        """Read what stands there, or begin. Raises `UserError` if it is something else."""
+    def open(self) -> None:
+        """Read what stands there, or begin; for who holds the folder's lock.
+
+        Raises `UserError` if it is something else.
+        """
         if not (self.path / MANIFEST).exists():
-            others = [p.name for p in self.path.iterdir() if not _is_temporary(p)]
+            others = [p.name for p in self.path.iterdir() if not is_temporary(p)]
             if others:
                 raise UserError(
                     f"{self.path} is not empty and holds no capture (it has {others[0]}): choose "
                     "another folder"
                 )
-            _drop_unfinished(self.path)
+            drop_unfinished(self.path)
             self._write_manifest(False, [])
             return
         there = read_manifest(self.path)
@@ -241,7 +282,7 @@ class StoreWriter:
         self.complete = bool(there["complete"])
         self._started = datetime.fromisoformat(there["times"]["started"])
         if not self.complete:
-            _drop_unfinished(self.path)
+            drop_unfinished(self.path)
         self.shards = read_shards(self.path)
 
     def _refuse_another(self, there: dict[str, Any]) -> None:
@@ -271,8 +312,18 @@ class StoreWriter:
         write_json(self.path / MANIFEST, {**self.manifest, **progress})
 
 
+class Writes(Protocol):
+    """Whoever writes shards into a folder."""
+
+    path: Path
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Those that are finished."""
+
+
 @contextmanager
-def disk_errors_told(writer: StoreWriter) -> Iterator[None]:
+def disk_errors_told(writer: Writes) -> Iterator[None]:
     """Turn a full disk into a `UserError` that says what is safe and how to go on."""
     try:
         yield
@@ -296,75 +347,14 @@ def _not_finite(values: Tensor) -> list[int]:
     return indices
 
 
-def _lock(folder: Path) -> int:
-    """An open descriptor that keeps other writers out of `folder` until it is closed."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"another process is capturing into {folder}: wait for it") from None
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _is_temporary(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(".tmp")
-
-
-def _drop_unfinished(folder: Path) -> None:
-    """Remove what a kill can leave: temporary files, and a line without its end."""
-    for path in folder.iterdir():
-        if _is_temporary(path):
-            path.unlink()
-    lines = folder / SHARDS
-    if not lines.exists():
-        return
-    text = lines.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        with lines.open("r+b") as file:
-            file.truncate(len(whole))
-            os.fsync(file.fileno())
-
-
-def _append(path: Path, line: str) -> None:
-    new = not path.exists()
-    size = 0 if new else path.stat().st_size
-    with path.open("ab") as file:
-        try:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError:  # a full disk may have taken half of the line
-            file.truncate(size)
-            raise
-    if new:
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _tables(batches: list[TokenRows], samples: int) -> dict[str, dict[str, list[Tensor]]]:
-    """The tensors of a shard's two files, in pieces; samples counted through the store."""
-    numbers = []
-    for batch in batches:
-        numbers.append(batch.sample + samples if len(batch.samples) else batch.sample)
-        samples += len(batch.samples)
+def _tables(batches: list[TokenRows], first: list[int]) -> dict[str, dict[str, list[Tensor]]]:
+    """The tensors of a shard's two files, in pieces; `first` are the batches' first samples."""
     return {
         "x": {
             "x": [batch.x for batch in batches],
             "input_ids": [batch.input_ids for batch in batches],
             "position": [batch.position for batch in batches],
-            "sample": numbers,
+            "sample": [batch.sample + n for batch, n in zip(batches, first, strict=True)],
             "patch": [batch.patch for batch in batches],
             "role": [batch.role for batch in batches],
         },

@@ -55,7 +55,7 @@ def make(n_batches: int, samples: int = 2, seed: int = 0, dtype: Any = torch.bfl
                 x=torch.randn(LAYERS, n, WIDTH, generator=generator).to(dtype),
                 y=torch.randn(LAYERS, n, WIDTH, generator=generator).to(dtype),
                 input_ids=torch.arange(first, first + n, dtype=torch.int32),
-                position=torch.cat([torch.arange(k, dtype=torch.int32) for k in lengths]),
+                position=torch.cat([torch.arange(k, dtype=torch.int32) for k in (0, *lengths)]),
                 sample=torch.arange(samples, dtype=torch.int32).repeat_interleave(lengths),
                 role=torch.randint(1, 4, (n,), generator=generator).to(torch.uint8),
                 patch=torch.full((n, 2), -1, dtype=torch.int16),

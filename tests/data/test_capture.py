@@ -22,7 +22,8 @@ from torch import Tensor
 from sparsify_vlm import models
 from sparsify_vlm.cli import main
 from sparsify_vlm.data import ActivationStore, encode, open_samples
-from sparsify_vlm.data.capture import CaptureConfig, capture, weights_fingerprint
+from sparsify_vlm.data.capture import CaptureConfig, capture
+from sparsify_vlm.data.capture_manifest import weights_fingerprint
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.models import LoadedModel
 
@@ -267,14 +268,6 @@ def test_unknown_layers_and_hookpoints(vlm: LoadedModel, tmp_path: Path) -> None
     with pytest.raises(UserError, match="hookpoint 'nowhere' matches no MLP"):
         capture(config(tmp_path / "s", hookpoints=["nowhere"]), vlm)
     assert not (tmp_path / "s").exists()
-
-
-def test_several_processes_are_refused(
-    vlm: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="in one process"):
-        capture(config(tmp_path / "s"), vlm)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

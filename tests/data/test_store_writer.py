@@ -52,7 +52,7 @@ def _write_until(folder: Path, moment: int) -> None:
         return call
 
     os.fsync, os.replace = mortal(os.fsync), mortal(os.replace)
-    store_writer._append = mortal(store_writer._append)
+    store_writer.append = mortal(store_writer.append)
     write(folder, MADE)
 
 
