@@ -109,8 +109,8 @@ def _check_size(columns: Columns, wanted: int, memory: int) -> None:
     needed = wanted * (wanted + columns.n_errors) * EDGE_BYTES // 2
     if needed > memory:
         raise UserError(
-            f"{wanted:,} features are active and would be nodes, which takes "
-            f"{needed / 2**30:.1f} GiB: give --max_feature_nodes (say 5000) or more --memory"
+            f"a graph of {wanted:,} features takes {needed / 2**30:.1f} GiB, more than the "
+            f"{memory / 2**30:.1f} GiB it may: give a smaller --max_feature_nodes or more --memory"
         )
 
 
