@@ -1,8 +1,8 @@
 """Adam for one parameter at a time, with moments in float32 or bfloat16.
 
 The formulas are those of `torch.optim.Adam`. In bfloat16 the two moments take half the memory; the
-arithmetic is in the parameter's own precision, a piece of the rows at a time, and the moments are
-rounded to the nearest when they are put back.
+arithmetic is in the parameter's own precision, a piece of the rows at a time. When they are put
+back the first moment is rounded to the nearest, the second by chance (`coders.kernels.rounding`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from sparsify_vlm.coders.kernels import AdamState
+from sparsify_vlm.coders.kernels import AdamState, rounding
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-AT_ONCE = 1 << 20
-"""Numbers of a bfloat16 moment that are widened at a time."""
+AT_ONCE = 1 << 16
+"""Numbers of a bfloat16 moment that are widened at a time: what stays in the cache."""
 
 
 class Adam:
@@ -41,13 +41,16 @@ class Adam:
         assert gradient is not None
         if self.exp_avg.dtype == parameter.dtype:
             return self._update(parameter, gradient, self.exp_avg, self.exp_avg_sq, lr)
-        rows = max(1, AT_ONCE // max(1, parameter[:1].numel()))
-        pieces = [t.split(rows) for t in (parameter, gradient, self.exp_avg, self.exp_avg_sq)]
-        for weight, grad, first, second in zip(*pieces, strict=True):
+        width = max(1, parameter[:1].numel())
+        keys = rounding.row_keys(self.steps, len(parameter), parameter.device)
+        columns = rounding.column_keys(width, parameter.device)
+        tensors = parameter, gradient, self.exp_avg, self.exp_avg_sq, keys
+        pieces = [t.split(max(1, AT_ONCE // width)) for t in tensors]
+        for weight, grad, first, second, rows in zip(*pieces, strict=True):
             wide = first.to(weight.dtype), second.to(weight.dtype)
             self._update(weight, grad, *wide, lr)
             first.copy_(wide[0])
-            second.copy_(wide[1])
+            rounding.store(second, wide[1], rows, columns)
 
     def _update(self, weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, lr: float) -> None:
         before = torch.tensor(float(self.steps - 1), device=weight.device)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify_vlm.coders.kernels import compiled
+from sparsify_vlm.coders.kernels import compiled, rounding
 
 pytestmark = pytest.mark.skipif(not compiled.available(), reason="needs numba")
 
@@ -178,19 +178,22 @@ def test_large_and_small_gradients_in_turn() -> None:
 
 
 def test_moments_in_bfloat16() -> None:
-    """Arithmetic in float32, rounded to the nearest even when kept, like torch rounds."""
+    """Arithmetic in float32; when kept the first is rounded to the nearest even, the second as
+    `rounding` does."""
     case = Case("usual", torch.float32)
     W = case.W.clone()
     moments = [torch.zeros_like(W, dtype=torch.bfloat16) for _ in range(2)]
     first, second = torch.zeros_like(W), torch.zeros_like(W)
-    gradient = torch.empty_like(W)
+    gradient, kept = torch.empty_like(W), torch.empty_like(W, dtype=torch.bfloat16)
     for step in range(1, 11):
         compiled.backward(case.G, *case.sorted, case.values, W, gradient)
         first = first + (1 - 0.9) * (gradient - first)
         second = 0.999 * second + (1 - 0.999) * gradient.square()
         scale = 1 / (1 - 0.999**step) ** 0.5
         W -= 1e-2 / (1 - 0.9**step) * first / (second.sqrt() * scale + 1e-8)
-        first, second = first.bfloat16().float(), second.bfloat16().float()
+        rows = rounding.row_keys(step, len(W), W.device)
+        rounding.store(kept, second, rows, rounding.column_keys(W.shape[1], W.device))
+        first, second = first.bfloat16().float(), kept.float()
         compiled.backward_adam(
             case.G, *case.sorted, case.values, case.W, *moments, step=step, lr=1e-2
         )

@@ -7,6 +7,7 @@ cases run in a process of their own, which runs this file; each is reported as a
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sparsify_vlm.coders.kernels import eager as eager_products
+from sparsify_vlm.coders.kernels import rounding
 from sparsify_vlm.coders.kernels import triton_launch as launch
 from sparsify_vlm.coders.kernels.base import Functions
 from sparsify_vlm.coders.kernels.entries import AdamState, Entries, Selection
@@ -156,6 +158,24 @@ def adam(
         ):
             unit = 2e-6 if stored.dtype == torch.float32 else 2**-7
             assert ((stored.double() - exact).abs() <= unit * exact.abs() + 1e-6).all()
+
+
+def rounds_the_second_moment_as_torch_does() -> None:
+    """Without a gradient a step is one multiplication, of which nothing else can differ."""
+    chosen, values = selection("wide")
+    T, F, d, _ = SHAPES["wide"]
+    W, G, first = torch.zeros(F, d), torch.zeros(T, d), torch.zeros(F, d).bfloat16()
+    second = torch.logspace(-30, 38, F * d).view(F, d).bfloat16()
+    second[0, :3] = torch.tensor([0.0, math.inf, math.nan])
+    expected = second.clone()
+    columns = rounding.column_keys(d, W.device)
+    for step in range(1, 9):
+        rows = rounding.row_keys(step, F, W.device)
+        rounding.store(expected, expected.float() * 0.999, rows, columns)
+        state = AdamState(first, second, step, 0.01)
+        launch.backward_adam(G, *sorted_entries(chosen, values), W, state)
+        assert torch.equal(second.isnan(), expected.isnan())
+        assert torch.equal(second.nan_to_num(-1), expected.nan_to_num(-1))
 
 
 def encodes(precision: str, T: int, F: int, d: int) -> None:
@@ -345,7 +365,8 @@ def interpreted_cases() -> dict[str, Callable[[], None]]:
         cases[f"largest {count} of {F}"] = partial(largest_lie_in_the_largest_groups, F, count)
     for case in (
         rescores, tuned_tiles_change_no_bit, order_of_rows_changes_no_bit, nothing_active,
-        unaligned_tables, refusals, serves_as_path, is_available,
+        rounds_the_second_moment_as_torch_does, unaligned_tables, refusals, serves_as_path,
+        is_available,
     ):  # fmt: skip
         cases[case.__name__] = case
     return cases

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsify_vlm.coders.kernels import rounding
 from sparsify_vlm.coders.kernels.compiled_threads import over_rows
 
 ROW_COST = 1
@@ -117,7 +118,8 @@ def backward_adam(
     """`backward` whose gradient, + decay[:, None] · W if given, updates W at once.
 
     The update is that of torch.optim.Adam for step number `step` (from 1), of all rows. Both
-    moments have the type of W, or bfloat16. The dots are those with W before the update.
+    moments have the type of W, or bfloat16, where the second is rounded as `rounding` says. The
+    dots are those with W before the update.
     """
     dots = torch.empty_like(values) if want_dots else None
     tensors = dots, decay, G, order, start, token, values, W, exp_avg, exp_avg_sq
@@ -131,9 +133,13 @@ def backward_adam(
         eps,
     )
     hyper = tuple(np.array(numbers, np.float64 if W.dtype == torch.float64 else np.float32))
-    halves = exp_avg.dtype == torch.bfloat16
-    products = _loops("products")
-    loop = products.backward_adam_bfloat16 if halves else products.backward_adam
+    loop = _loops("products").backward_adam
+    if exp_avg.dtype == torch.bfloat16:
+        loop = _loops("products").backward_adam_bfloat16
+        rows, columns = W.shape
+        keys = rounding.row_keys(step, rows, W.device), rounding.column_keys(columns, W.device)
+        arrays += [key.view(torch.uint32).numpy() for key in keys]
+        arrays += [np.uint32(rounding.MULTIPLIER)]
     over_rows(lambda lo, hi: loop(*arrays, hyper, lo, hi), _latent_costs(start, ADAM_ROW_COST))
     return dots
 

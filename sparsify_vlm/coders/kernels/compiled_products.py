@@ -169,24 +169,41 @@ def _adam(w: Array, g: Array, m: Array, v: Array, hyper: Numbers) -> None:
 
 
 @part
-def _adam_bfloat16(w: Array, g: Array, m: Array, v: Array, hyper: Numbers) -> None:
-    """Like `_adam`, with moments kept as the upper halves of float32 (as uint16)."""
+def _adam_bfloat16(
+    w: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    hyper: Numbers,
+    row_key: Any,
+    column_keys: Array,
+    multiplier: Any,
+) -> None:
+    """Like `_adam`, with moments kept as the upper halves of float32 (as uint16), the second
+    rounded as `rounding` says."""
     one_less_beta1, beta2, one_less_beta2, rate, correction, eps = hyper
     for j in range(len(w)):
         old = np.uint32(np.uint32(m[j]) << np.uint32(16)).view(np.float32)
         first = np.float32(old + one_less_beta1 * (g[j] - old))
         old = np.uint32(np.uint32(v[j]) << np.uint32(16)).view(np.float32)
         second = np.float32(beta2 * old + one_less_beta2 * g[j] * g[j])
-        m[j], v[j] = _upper_half(first), _upper_half(second)
+        random = np.uint32((row_key ^ column_keys[j]) * multiplier) >> np.uint32(16)
+        m[j], v[j] = _nearest(first), _upper_half(second, np.uint32(random))
         w[j] -= rate * first / (math.sqrt(second) * correction + eps)
 
 
 @part
-def _upper_half(x: Any) -> Any:
-    """Rounded to the nearest, ties to even."""
+def _nearest(x: Any) -> Any:
+    """The upper half rounded to the nearest, ties to even."""
     bits = np.float32(x).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.uint16(rounded) if x == x else np.uint16(0x7FC0)
+    return _upper_half(x, np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+
+
+@part
+def _upper_half(x: Any, added: Any) -> Any:
+    """The upper half of a float32 to whose bits something below 2¹⁶ is added."""
+    bits = np.float32(x).view(np.uint32)
+    return np.uint16((bits + added) >> np.uint32(16)) if x == x else np.uint16(0x7FC0)
 
 
 @part
@@ -236,11 +253,15 @@ def backward_adam_bfloat16(
     W: Array,
     m: Array,
     v: Array,
+    row_keys: Array,
+    column_keys: Array,
+    multiplier: Any,
     hyper: Numbers,
     lo: int,
     hi: int,
 ) -> None:
-    """`backward_adam` with bfloat16 moments, as uint16."""
+    """`backward_adam` with bfloat16 moments, as uint16; what `rounding` takes as uint32. Its
+    multiplier is given: numba would keep an old one until this file changes."""
     g = np.empty(W.shape[1], W.dtype)
     for i in range(lo, hi):
         _ask_for_rows(W, m, v, i + AHEAD)
@@ -250,7 +271,7 @@ def backward_adam_bfloat16(
             _gradient_and_dots(g, dots, G, order, token, values, W[i], start[i], start[i + 1])
         if decay is not None:
             _add(g, decay[i], W[i])
-        _adam_bfloat16(W[i], g, m[i], v[i], hyper)
+        _adam_bfloat16(W[i], g, m[i], v[i], hyper, row_keys[i], column_keys, multiplier)
 
 
 @loops()

@@ -17,6 +17,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sparsify_vlm.coders.kernels import rounding
+
+MULTIPLIER = tl.constexpr(rounding.MULTIPLIER)
+
 
 @triton.jit(do_not_specialize=["sources", "magnitude"])
 def decode(
@@ -59,6 +63,7 @@ def decode(
 @triton.jit
 def backward(
     grad, W, exp_avg, exp_avg_sq, decay,  # [F, d], decay [F]; those not used: any pointer
+    row_keys, column_keys,  # [F], [d] int32: see `rounding`, for a bfloat16 exp_avg_sq
     dots,  # [column tiles, E]
     G,  # [T, d]
     rows,  # [F]: the latent of each program
@@ -103,6 +108,11 @@ def backward(
         w -= step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
         tl.store(W + here, w.to(W.dtype.element_ty), mask=is_column)
         tl.store(exp_avg + here, m.to(exp_avg.dtype.element_ty), mask=is_column)
+        if exp_avg_sq.dtype.element_ty == tl.bfloat16:
+            columns = tl.load(column_keys + c, mask=is_column, other=0)
+            random = ((tl.load(row_keys + latent) ^ columns) * MULTIPLIER >> 16) & 0xFFFF
+            rounded = (v.to(tl.int32, bitcast=True) + random) & -0x10000
+            v = tl.where(v == v, rounded.to(tl.float32, bitcast=True), v)
         tl.store(exp_avg_sq + here, v.to(exp_avg_sq.dtype.element_ty), mask=is_column)
     else:
         tl.store(grad + here, g.to(grad.dtype.element_ty), mask=is_column)

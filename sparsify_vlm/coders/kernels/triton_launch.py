@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify_vlm.coders.kernels import rounding
 from sparsify_vlm.coders.kernels.entries import AdamState
 
 GROUP = 16
@@ -198,7 +199,8 @@ def backward_adam(
     rows: Tensor | None = None,
 ) -> Tensor:
     """Like `backward`, but the gradient, plus decay[i] · W[i], goes into Adam's update of row i of
-    W and of the moments, for all i. The dot products are with W before the update."""
+    W and of the moments, for all i; a bfloat16 second moment is rounded as `rounding` says. The dot
+    products are with W before the update."""
     return _backward(G, order, start, token, values, W, None, rows, state, decay, want_dots)
 
 
@@ -225,11 +227,18 @@ def _backward(
         rows = busiest_first(start)
     parts = G.new_empty(across if want_dots else 0, len(order), dtype=torch.float32)
     unused = G
+    keys = (unused, unused)
+    if state is not None and state.exp_avg_sq.dtype == torch.bfloat16:
+        keys = (
+            rounding.row_keys(state.step, len(state.exp_avg_sq), G.device),
+            rounding.column_keys(width, G.device),
+        )
     with torch.cuda.device_of(G):
         _kernels().backward[(len(rows), across)](
             *(unused if each is None else each for each in (out, W)),
             *(moments or (unused, unused)),
             unused if decay is None else decay,
+            *keys,
             parts, G, rows, start, order, token, values, len(order), width,
             *_adam_numbers(state),
             ADAM=state is not None, DECAY=decay is not None, DOTS=want_dots, **tiles,
