@@ -335,7 +335,11 @@ class _Pass:
             hit[source.selection.col[source.active]] = True
             fired.append(hit)
         fvu = sse / self.variance
-        penalty, auxk = sharing.sum_features(self.penalty), sharing.sum_columns(self.auxk)
+        penalty, auxk = self.penalty, self.auxk
+        if self.objective.penalises:
+            penalty = sharing.sum_features(penalty)
+        if self.objective.auxk_alpha:
+            auxk = sharing.sum_columns(auxk)
         loss = self.reconstruction * fvu[cfg.target_offset :].sum() + penalty + auxk
         lowest = [source.selected.lowest for source in self.sources]
         return JointStats(

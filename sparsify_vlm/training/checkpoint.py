@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -153,8 +153,12 @@ class RunFolder:
         saved = self._saved()
         return int(saved[-1].name.removeprefix("step-")) if saved else None
 
-    def load_state(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def load_state(
+        self, part: Callable[[str, Tensor], Tensor] = lambda _, whole: whole
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """The last state's plain values and tensors (on the CPU), None if there is none.
+
+        Of each tensor only the `part` taken of it, given its key, is held.
 
         Raises `UserError` for files that cannot be read or are of an unknown version.
         """
@@ -167,7 +171,7 @@ class RunFolder:
         path = saved[-1] / "tensors.safetensors"
         try:
             # Copied: the file is mapped, and it is removed when the next state is written.
-            return plain, {name: tensor.clone() for name, tensor in load_file(path).items()}
+            return plain, {key: part(key, t).clone() for key, t in load_file(path).items()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}); the run cannot be resumed") from None
 

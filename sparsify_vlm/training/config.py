@@ -359,7 +359,7 @@ def _check_parallel(cfg: TrainConfig) -> None:
         )
     if cfg.tp_layout == "column" and not cfg.sae.transcode:
         raise UserError(
-            "--tp_layout column needs --transcode, as autoencoders read what they write: take feature"
+            "--tp_layout column needs --transcode: autoencoders read what they write. Take feature"
         )
 
 

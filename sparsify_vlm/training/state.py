@@ -4,7 +4,7 @@ from it."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsify_vlm.coders import Clt, save_clt
 from sparsify_vlm.errors import UserError
+from sparsify_vlm.training.checkpoint import RunFolder
 from sparsify_vlm.training.divided import gathered, gathered_clt
 
 if TYPE_CHECKING:
@@ -55,11 +56,10 @@ def of(trainer: Trainer, ended: bool) -> tuple[dict[str, Any], dict[str, Tensor]
     tensors, on the CPU, the others none.
     """
     of_optimizers, plain = trainer.optimizers.state()
-    parts = [(f"weights.{name}", name, value) for name, value in numbers_of(trainer.clt)]
-    names = _names_of(trainer, of_optimizers)
-    parts += [(f"optimizers.{key}", names[key], value) for key, value in of_optimizers.items()]
-    parts.append(("since_fired", "since_fired", trainer.since_fired))
-    tensors = {key: whole for key, whole in _wholes(trainer, parts)}
+    parts = {f"weights.{name}": value for name, value in numbers_of(trainer.clt)}
+    parts |= {f"optimizers.{name}": value for name, value in of_optimizers.items()}
+    parts["since_fired"] = trainer.since_fired
+    tensors = parts if trainer.layout.alone else _wholes(trainer, parts)
     tensors["rng"] = torch.get_rng_state()
     trainer.clock.tick()
     return {
@@ -70,59 +70,61 @@ def of(trainer: Trainer, ended: bool) -> tuple[dict[str, Any], dict[str, Tensor]
     }, tensors
 
 
-def _names_of(trainer: Trainer, of_optimizers: dict[str, Tensor]) -> dict[str, str]:
-    """The parameter that each tensor of the optimizers is divided like; "" for plain numbers."""
+def _divided_like(trainer: Trainer) -> Callable[[str], str]:
+    """Gives the name of the parameter that a state's tensor is divided like, given its key."""
     trained = [name for name, p in trainer.clt.named_parameters() if p.requires_grad]
-    return {
-        key: trained[int(key.partition(".")[0])] if value.ndim else ""
-        for key, value in of_optimizers.items()
-    }
+
+    def name_of(key: str) -> str:
+        kind, _, rest = key.partition(".")
+        return trained[int(rest.partition(".")[0])] if kind == "optimizers" else rest or kind
+
+    return name_of
 
 
-def _wholes(trainer: Trainer, parts: list[tuple[str, str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Key and whole tensor for each (key, name of what it is divided like, part)."""
-    layout = trainer.layout
-    for key, name, part in parts:
-        if layout.alone:
-            yield key, part
-            continue
-        whole = gathered(layout, name, part, trainer.shapes)
-        if layout.place == 0:
-            yield key, whole.cpu()
+def _wholes(trainer: Trainer, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put together, one after the other, in the first process of the row."""
+    name_of, wholes = _divided_like(trainer), {}
+    for key, part in parts.items():
+        whole = gathered(trainer.layout, name_of(key), part, trainer.shapes) if part.ndim else part
+        if trainer.layout.place == 0:
+            wholes[key] = whole.cpu()
+    return wholes
+
+
+def own_part(trainer: Trainer) -> Callable[[str, Tensor], Tensor]:
+    """Takes this process's part (a view) of a state's tensor, given its key."""
+    name_of = _divided_like(trainer)
+    return lambda key, whole: (
+        trainer.layout.own(name_of(key), whole) if whole.ndim and key != "rng" else whole
+    )
 
 
 def take_up(trainer: Trainer, plain: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Go on from what `of` gave.
+    """Go on from what `of` gave, this process's parts of it.
 
     Raises `UserError` for a tensor that is missing or has another shape, `KeyError` for anything
     else that is missing.
     """
     with torch.no_grad():
         for name, value in numbers_of(trainer.clt):
-            _restore(trainer, value, tensors, f"weights.{name}", name)
-        _restore(trainer, trainer.since_fired, tensors, "since_fired", "since_fired")
+            _restore(value, tensors, f"weights.{name}", trainer.run)
+        _restore(trainer.since_fired, tensors, "since_fired", trainer.run)
     torch.set_rng_state(tensors["rng"])
     prefix = "optimizers."
-    wholes = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    names, own = _names_of(trainer, wholes), trainer.layout.own
     trainer.optimizers.load_state(
-        {key: own(names[key], whole).contiguous() for key, whole in wholes.items()},
+        {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
         plain["optimizers"],
     )
     trainer.step, trainer.without_weights = int(plain["step"]), False
     trainer.clock = Clock(plain["seconds"], plain["tokens"])
 
 
-def _restore(
-    trainer: Trainer, into: Tensor, tensors: dict[str, Tensor], key: str, name: str
-) -> None:
+def _restore(into: Tensor, tensors: dict[str, Tensor], key: str, run: RunFolder) -> None:
     found = tensors.get(key)
-    if found is not None and found.ndim == into.ndim:
-        found = trainer.layout.own(name, found)
     if found is None or found.shape != into.shape:
         raise UserError(
-            f"{trainer.run.path}/resume: tensor '{key}' is missing or has another shape; the run "
-            "cannot be resumed"
+            f"{run.path}/resume: tensor '{key}' is missing or has another shape; the run cannot be "
+            "resumed"
         )
     into.copy_(found)
 

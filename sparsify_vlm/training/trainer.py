@@ -326,6 +326,7 @@ class Trainer:
                     if metrics is not None:
                         metrics.sync()
                     self.run.save_state(self.step, plain, tensors)
+                del tensors  # of a divided coder, copies
                 state.publish(self)
         self.world.barrier()
 
@@ -334,7 +335,7 @@ class Trainer:
 
         Raises `UserError` for a state that cannot be read or has other tensors.
         """
-        loaded = self.run.load_state()
+        loaded = self.run.load_state(state.own_part(self))
         if loaded is None:
             return False
         plain, tensors = loaded

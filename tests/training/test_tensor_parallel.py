@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from process_of_a_divided_run import STEPS, Run
+from process_of_a_divided_run import BROKEN_OFF, STEPS, Run, Runs
 from safetensors.torch import load_file
+from toy_source import toy_config
 
-from sparsify_vlm.coders import load_clt
+from sparsify_vlm.coders import CltConfig, load_clt
+from sparsify_vlm.errors import UserError
 from sparsify_vlm.training.distributed import World, joined_world
+from sparsify_vlm.training.divided import divided, settled
 from sparsify_vlm.training.metrics import read_metrics
+from sparsify_vlm.training.parallel import Layout, mesh
 
 pytestmark = pytest.mark.slow
 
@@ -73,17 +78,6 @@ def together(size: int, work: Callable[[World], None], output: Path) -> None:
     assert [one.exitcode for one in processes] == [0] * size, output.read_text()
 
 
-class Runs:
-    """Several runs, one after the other."""
-
-    def __init__(self, runs: list[Run]) -> None:
-        self.runs = runs
-
-    def __call__(self, world: World) -> None:
-        for run in self.runs:
-            run.fit(world)
-
-
 def alone(folder: Path, name: str, settings: dict[str, Any]) -> Path:
     Run(folder, name, settings=settings).fit(World())
     return folder / name
@@ -122,21 +116,105 @@ def singles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def variants_for(kind: str) -> list[str]:
-    return [name for name in VARIANTS if kind == "feature" or name != "autoencoder"]
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_divided_coders_train_like_whole_ones(size: int, singles: Path, tmp_path: Path) -> None:
-    runs = []
-    for kind in KINDS:
-        names = variants_for(kind)
-        for number, name in enumerate(names):
-            tp = 2 if size == 2 or number % 2 else 4  # in turn: four parts, two by two
-            if name == "groupmax" or name == "topk":
-                tp = min(size, 4)
-            runs.append(Run(tmp_path, f"{kind} {name}", tp, kind, VARIANTS[name]))
-    together(size, Runs(runs), tmp_path / "err.txt")
+def assert_like_one_process(size: int, runs: list[Run], singles: Path) -> None:
+    together(size, Runs(runs), singles / "err.txt")
     for run in runs:
-        name = run.name.partition(" ")[2]
-        assert_same(tmp_path / run.name, singles / name, f"{run.name}, tp {run.tp} of {size}")
+        what = f"{run.name} {run.kind}, tp {run.tp} of {size}"
+        assert_same(run.folder / run.name, singles / run.name, what)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_parts_train_like_the_whole(kind: str, singles: Path, tmp_path: Path) -> None:
+    names = [name for name in VARIANTS if kind == "feature" or name != "autoencoder"]
+    runs = [Run(tmp_path, name, 2, kind, VARIANTS[name]) for name in names]
+    assert_like_one_process(2, runs, singles)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_processes_train_like_one(kind: str, singles: Path, tmp_path: Path) -> None:
+    """Two by two, and four parts.
+
+    Batch top-k only where tokens are not shared out: it takes the largest of each process's.
+    """
+    names = {"topk, micro": 2, "relu, tanh": 2, "jumprelu, l0": 4, "per-layer, batchtopk": 4}
+    runs = [Run(tmp_path, name, tp, kind, VARIANTS[name]) for name, tp in names.items()]
+    assert_like_one_process(4, runs, singles)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_goes_on_in_every_layout(kind: str, singles: Path, tmp_path: Path) -> None:
+    """Saved by two processes with a coder together, taken up by one, by four, and by four parts."""
+    settings = VARIANTS["skip and post-encoder"]
+    start = Run(tmp_path, "broken off", 2, kind, settings, breaks_off=True)
+    together(2, Runs([start]), tmp_path / "err.txt")
+    assert load_clt(tmp_path / start.name).cfg.training["step"] == BROKEN_OFF
+    runs = [
+        Run(tmp_path, name, tp, other, {**settings, "resume": True})
+        for name, tp, other in (("one", 1, "auto"), ("four", 1, "auto"), ("parts", 4, KINDS[0]))
+    ]
+    for run in runs:
+        shutil.copytree(tmp_path / start.name, tmp_path / run.name)
+    runs[0].fit(World())
+    together(4, Runs(runs[1:] if kind == "column" else runs[1:2]), tmp_path / "err.txt")
+    for run in runs if kind == "column" else runs[:2]:
+        assert_same(tmp_path / run.name, singles / "skip and post-encoder", run.name)
+
+
+def test_one_part_holds_its_share_only() -> None:
+    cfg = CltConfig(
+        8, ["a", "b"], num_latents=16, k=4, n_targets=2, coalesce_topk="concat",
+        skip_connection=True, post_encoder_scale=True,
+    )  # fmt: skip
+    clt = divided(cfg, Layout("column", 1, 4), "cpu")
+    shapes = {name: tuple(value.shape) for name, value in clt.named_parameters()}
+    assert shapes["W_enc.0"] == (4, 8)
+    assert shapes["W_dec.0.1"] == (16, 2)
+    assert shapes["W_skip.1.0"] == (2, 8)
+    assert shapes["b_dec.0"] == (2,)
+    assert clt.W_dec[0][1] is clt.W_dec[1][0], "one decoder per target"
+    assert clt.post_scale is not None
+    assert bool((clt.post_scale[0][0] == 1).all())
+    by_latent = divided(cfg, Layout("feature", 0, 4), "cpu")
+    assert by_latent.W_dec[0][0].shape == (4, 8)
+    assert by_latent.b_dec[0].shape == (8,)
+
+
+# ---- what can be asked for
+
+REFUSED = {
+    "--tp 0": {"tp": 0},
+    "--optimizer muon": {"tp": 2, "optimizer": "muon"},
+    "--loss_fn kl": {"tp": 2, "loss_fn": "kl"},
+    "--tp_layout column needs --transcode": {
+        "tp": 2,
+        "tp_layout": "column",
+        "transcode": False,
+        "cross_layer": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_divided_is_refused(message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        toy_config(tmp_path, **REFUSED[message])
+
+
+def test_layout_that_is_taken(tmp_path: Path) -> None:
+    def kind(parts: int, d_model: int, *, layout: str = "auto", **coder: Any) -> str:
+        cfg = toy_config(tmp_path, tp=parts, tp_layout=layout)
+        clt = CltConfig(d_model, ["a"], **{"num_latents": 64, "k": 4, **coder})
+        return settled(Layout(parts=parts), cfg, clt).kind
+
+    assert kind(2, 1024) == "column"
+    assert kind(2, 1024, transcode=False) == "feature"
+    assert kind(2, 64) == "feature"
+    assert kind(2, 64, layout="column") == "column"
+    with pytest.raises(UserError, match="--tp 3 does not divide 64 latents"):
+        kind(3, 64)
+    with pytest.raises(UserError, match="--tp 4 does not divide 18 columns"):
+        kind(4, 18, layout="column")
+    with pytest.raises(UserError, match="--tp 4 does not divide the 2 groups"):
+        kind(4, 64, activation="groupmax", k=2)
+    with pytest.raises(UserError, match="--tp 2 does not divide the 1 processes"):
+        mesh(World(), 2)
