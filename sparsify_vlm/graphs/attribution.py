@@ -144,7 +144,7 @@ class _Tracer:
         order = torch.cat([places for places, _ in made]).argsort()
         held.add(torch.full_like(order, -1), torch.cat([rows for _, rows in made])[order])
         while (done := int((held.nodes >= 0).sum())) < wanted:
-            chosen = held.next(found.weights, min(ROUND, wanted - done))
+            chosen = held.next(found.weights, min(ROUND, wanted - done), wanted - done)
             for places, rows in self._made(self._feature_reads(chosen)):
                 held.add(chosen[places], rows)
         return _selected(held, self.columns, len(found.weights))

@@ -27,8 +27,10 @@ from torch import Tensor
 
 from sparsify_vlm.replacement.local import LocalModel, Segment
 
-TOLERANCE = 1e-3
-"""Largest difference from autograd, relative to the largest gradient."""
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest difference from autograd in this dtype, relative to the largest gradient."""
+    return max(1e-3, 5 * torch.finfo(dtype).eps)
 
 
 @dataclass
@@ -127,7 +129,9 @@ def _read_off(
     factors = probed @ probed[0] / probed[0].square().sum()
     if not bool(factors.isfinite().all()) or bool((factors == 0).any()):
         return None
-    if (probed - factors[:, None] * probed[0]).abs().max() > TOLERANCE * probed.abs().max():
+    if (probed - factors[:, None] * probed[0]).abs().max() > tolerance(
+        made.dtype
+    ) * probed.abs().max():
         return None
     rows = probed.new_zeros(n_out, probed.shape[1])
     for first in range(0, n_out, S):
@@ -143,4 +147,5 @@ def _agrees(local: LocalModel, layer: int, segment: Segment, found: AttentionMap
     shape = (local.n_positions, 1, segment.mid.shape[-1])
     given = torch.randn(shape, generator=generator).to(segment.mid.device)
     expected = local.cross(layer, given).float()
-    return bool((found.cross(given) - expected).abs().max() <= TOLERANCE * expected.abs().max())
+    allowed = tolerance(segment.mid.dtype) * expected.abs().max()
+    return bool((found.cross(given) - expected).abs().max() <= allowed)

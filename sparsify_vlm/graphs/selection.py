@@ -31,11 +31,10 @@ class HeldRows:
         """Rows [T, all columns] of features, or of targets with nodes -1."""
         rows = rows.float().cpu()
         self.sums = torch.cat([self.sums, rows.abs().sum(1)])
-        self.rows = torch.cat([self.rows, rows[:, self.held] if self._shrunk(rows) else rows])
+        if len(self.held) < rows.shape[1]:
+            rows = rows[:, self.held]
+        self.rows = torch.cat([self.rows, rows])
         self.nodes = torch.cat([self.nodes, nodes.cpu()])
-
-    def _shrunk(self, rows: Tensor) -> bool:
-        return len(self.held) < rows.shape[1]
 
     def influence(self, weights: Tensor) -> Tensor:
         """[held]: what reaches the held columns from the targets with `weights` [targets]."""
@@ -54,27 +53,15 @@ class HeldRows:
         parts = zip((flow * scale).split(PIECE), self.rows.split(PIECE), strict=True)
         return sum((share @ rows.abs() for share, rows in parts), torch.zeros(len(self.held)))
 
-    def next(self, weights: Tensor, count: int) -> Tensor:
+    def next(self, weights: Tensor, count: int, wanted: int) -> Tensor:
         """The `count` most influential features without a row, best first; and let go of columns
-        if the rows to come would be too many values."""
+        if the rows to come would be too many values, but for the best `wanted`."""
         reached = self.influence(weights)
-        features = self.held < self.n_features
-        taken = torch.isin(self.held, self.nodes)
-        self._let_go(reached, features & ~taken, count)
-        reached, features, taken = (
-            reached[self._kept],
-            features[self._kept],
-            taken[self._kept],
-        )
-        order = reached.masked_fill(~features | taken, -1).argsort(descending=True, stable=True)
-        free = int((features & ~taken).sum())
-        return self.held[order[: min(count, free)]]
-
-    def _let_go(self, reached: Tensor, free: Tensor, count: int) -> None:
-        room = max(self.max_values // (len(self.nodes) + count), int((~free).sum()) + count)
-        if room >= len(self.held):
-            self._kept = torch.arange(len(self.held))
-            return
-        score = reached.masked_fill(~free, torch.inf)
-        self._kept = score.topk(room).indices.sort().values
-        self.held, self.rows = self.held[self._kept], self.rows[:, self._kept]
+        free = (self.held < self.n_features) & ~torch.isin(self.held, self.nodes)
+        room = max(self.max_values // (len(self.nodes) + count), int((~free).sum()) + wanted)
+        if room < len(self.held):
+            kept = reached.masked_fill(~free, torch.inf).topk(room).indices.sort().values
+            self.held, self.rows = self.held[kept], self.rows[:, kept]
+            reached, free = reached[kept], free[kept]
+        order = reached.masked_fill(~free, -1).argsort(descending=True, stable=True)
+        return self.held[order[: min(count, int(free.sum()))]]
