@@ -11,8 +11,8 @@ from sparsify_vlm.models.hub_errors import explained
 from sparsify_vlm.models.load import ALIASES, _auto_class, _config
 from sparsify_vlm.models.resolve import find_layers, is_multimodal
 
-DEFAULT_IMAGE_PATCHES = 576
-"""Patches of one image where the configuration does not tell: LLaVA-1.5's."""
+DEFAULT_IMAGE_PATCHES, DEFAULT_IMAGE_SIDE = 576, 336
+"""Patches and pixels per side of one image where the configuration does not tell: LLaVA-1.5's."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Skeleton:
     """Of what sees images only: everything but decoder layers, embeddings and head."""
     image_patches: int
     """Patches of one image in the vision tower; 0 for a text model."""
+    image_numbers: int
+    """Numbers that one image is given to the model as; 0 for a text model."""
+    vocabulary: int
+    """Words that are scored at every token."""
     max_positions: int
     """Longest sequence."""
 
@@ -71,6 +75,8 @@ def read_skeleton(name_or_path: str, **source: Any) -> Skeleton:
         decoder_parameters=sum(n for i, n in sizes.items() if i in decoder),
         encoder_parameters=sum(n for i, n in sizes.items() if i not in decoder | edges),
         image_patches=_image_patches(config),
+        image_numbers=_image_numbers(config),
+        vocabulary=text.vocab_size,
         max_positions=getattr(text, "max_position_embeddings", None) or 1 << 30,
     )
 
@@ -83,3 +89,12 @@ def _image_patches(config: Any) -> int:
     if not isinstance(side, int) or not isinstance(patch, int):
         return DEFAULT_IMAGE_PATCHES
     return (side // patch) ** 2
+
+
+def _image_numbers(config: Any) -> int:
+    """Of one image in the size that the vision tower takes; where the configuration does not tell,
+    LLaVA-1.5's."""
+    if not is_multimodal(config):
+        return 0
+    side = getattr(config.vision_config, "image_size", None)
+    return 3 * (side if isinstance(side, int) else DEFAULT_IMAGE_SIDE) ** 2

@@ -58,6 +58,25 @@ class EstimateConfig:
     micro_acc_steps: int = 1
     """Parts the coders see a batch in."""
 
+    stream_activations: bool = False
+    """Run the model on `micro_acc_steps` parts of a batch, one after the other."""
+
+    bf16_moments: bool = False
+    """Keep Adam's two moments in bfloat16."""
+
+    bf16_selection: bool = False
+    """Find the candidates of `topk` in bfloat16."""
+
+    loss_fn: Literal["fvu", "ce", "kl", "kl-fvu"] = "fvu"
+    """What the coders are trained for; all but `fvu` keep the model's own results for a backward
+    pass."""
+
+    penalty: Literal["none", "l1", "tanh", "l0"] = "none"
+    """Sparsity penalty."""
+
+    auxk_alpha: float = 0.0
+    """Weight of the loss that revives dead latents; above 0 it is counted with all of them dead."""
+
     activations: str | None = None
     """An activation store the run would read instead of running the model (the name is enough, it
     need not be there)."""
@@ -99,6 +118,11 @@ class EstimateConfig:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.layers and self.layer_stride != 1:
             raise UserError("--layers and --layer_stride exclude each other: give only one")
+        if self.stream_activations and self.batch_size % self.micro_acc_steps:
+            raise UserError(
+                f"--stream_activations: --micro_acc_steps {self.micro_acc_steps} does not divide "
+                f"--batch_size {self.batch_size}"
+            )
         if self.dtype is not None and self.dtype not in BYTES:
             raise UserError(f"--dtype {self.dtype} is none of {', '.join(BYTES)}")
 
@@ -184,23 +208,10 @@ class Sizes:
 
     def job(self, cfg: EstimateConfig) -> Any:
         """The `Job` of a configuration."""
-        from sparsify_vlm.coders import CltConfig
         from sparsify_vlm.training.footprint import Job
+        from sparsify_vlm.training.run import coder_config
 
-        names, sae = self.hookpoints(cfg), cfg.sae
-        clt = CltConfig(
-            d_model=self.skeleton.d_model,
-            hookpoints=names,
-            num_latents=sae.num_latents,
-            k=sae.k,
-            n_targets=max(min(sae.n_targets, len(names) - sae.target_offset), 1),
-            target_offset=sae.target_offset,
-            transcode=sae.transcode,
-            skip_connection=sae.skip_connection,
-            train_post_encoder=sae.train_post_encoder,
-            post_encoder_scale=sae.post_encoder_scale,
-            expansion_factor=sae.expansion_factor,
-        )
+        clt = coder_config(cfg, self.skeleton.d_model, self.hookpoints(cfg))
         live = cfg.activations is None
         length = min(cfg.ctx_len, self.skeleton.max_positions)
         return Job(
@@ -214,6 +225,12 @@ class Sizes:
             model=self.skeleton if live else None,
             weight_bytes=1 if cfg.load_in_8bit else self._number_bytes(cfg),
             number_bytes=2 if cfg.load_in_8bit or not live else self._number_bytes(cfg),
+            bf16_moments=cfg.bf16_moments,
+            bf16_selection=cfg.bf16_selection,
+            stream_activations=cfg.stream_activations and live,
+            loss_fn=cfg.loss_fn,
+            penalised=cfg.penalty != "none",
+            auxk=cfg.auxk_alpha > 0,
         )
 
     def _number_bytes(self, cfg: EstimateConfig) -> int:

@@ -23,7 +23,10 @@ def ways_to_fit(cfg: EstimateConfig, sizes: Sizes, memory: int) -> list[Figures]
 
     Options that hardly help are left out. The combination keeps as much of the coder as it can.
     """
-    searches = (_optimizer, _store, _dtype, _micro, _batch, _targets, _latents, _stride)
+    searches = (
+        *(_optimizer, _moments, _store, _dtype, _micro, _streaming),
+        *(_batch, _tied, _targets, _latents, _stride),
+    )
     found = [change for search in searches for change in search(cfg, sizes, memory)]
     enough = WORTH_NAMING * sizes.peak(cfg)
     ways = [_way(name, changed, sizes, memory) for name, changed in found]
@@ -35,7 +38,8 @@ def ways_to_fit(cfg: EstimateConfig, sizes: Sizes, memory: int) -> list[Figures]
 
 def _together(cfg: EstimateConfig, sizes: Sizes, memory: int) -> list[Figures]:
     names: list[str] = []
-    for search in (_optimizer, _store, _micro, _batch, _latents, _targets, _stride):
+    order = (_optimizer, _moments, _store, _micro, _streaming, _batch, _latents, _targets, _stride)
+    for search in order:
         before = sizes.peak(cfg)
         if before <= memory:
             break
@@ -84,9 +88,14 @@ def _optimizer(cfg: EstimateConfig, sizes: Sizes, memory: int) -> Changes:
         yield f"--optimizer {other.optimizer}", other
 
 
+def _moments(cfg: EstimateConfig, sizes: Sizes, memory: int) -> Changes:
+    if cfg.optimizer != "signum" and not cfg.bf16_moments:
+        yield "--bf16_moments", _with(cfg, bf16_moments=True)
+
+
 def _store(cfg: EstimateConfig, sizes: Sizes, memory: int) -> Changes:
     if cfg.activations is None:
-        yield "--activations DIR", _with(cfg, activations="DIR")
+        yield "--activations DIR", _with(cfg, activations="DIR", stream_activations=False)
 
 
 def _dtype(cfg: EstimateConfig, sizes: Sizes, memory: int) -> Changes:
@@ -99,10 +108,39 @@ def _dtype(cfg: EstimateConfig, sizes: Sizes, memory: int) -> Changes:
 
 
 def _micro(cfg: EstimateConfig, sizes: Sizes, memory: int) -> Changes:
+    if cfg.stream_activations:
+        return
     values = [cfg.micro_acc_steps * 2**i for i in range(1, 8)]
     found = _first_fitting(cfg, sizes, memory, values, lambda n: _with(cfg, micro_acc_steps=n))
     if found:
         yield f"--micro_acc_steps {found[0]}", found[1]
+
+
+def _streaming(cfg: EstimateConfig, sizes: Sizes, memory: int) -> Changes:
+    """The model on parts of a batch, which must be equal ones."""
+    if cfg.activations is not None or cfg.stream_activations:
+        return
+    size = cfg.batch_size
+    values = [n for n in range(max(cfg.micro_acc_steps, 2), size + 1) if size % n == 0]
+    found = _first_fitting(
+        cfg,
+        sizes,
+        memory,
+        values,
+        lambda n: _with(cfg, micro_acc_steps=n, stream_activations=True),
+    )
+    if found:
+        yield f"--micro_acc_steps {found[0]} --stream_activations", found[1]
+
+
+def _streams_unevenly(cfg: EstimateConfig, batch_size: int) -> bool:
+    return cfg.stream_activations and batch_size % cfg.micro_acc_steps > 0
+
+
+def _tied(cfg: EstimateConfig, sizes: Sizes, memory: int) -> Changes:
+    shared = cfg.sae.per_source_tied or cfg.sae.coalesce_topk != "none"
+    if cfg.sae.n_targets > 1 and not shared:
+        yield "--per_source_tied", _with(cfg, sae=_with(cfg.sae, per_source_tied=True))
 
 
 def _batch(cfg: EstimateConfig, sizes: Sizes, memory: int) -> Changes:
@@ -111,7 +149,7 @@ def _batch(cfg: EstimateConfig, sizes: Sizes, memory: int) -> Changes:
         cfg,
         sizes,
         memory,
-        _halvings(getattr(cfg, name)),
+        [n for n in _halvings(getattr(cfg, name)) if not _streams_unevenly(cfg, n)],
         lambda n: _with(cfg, **{name: n}),
     )
     if found:

@@ -8,8 +8,10 @@ times each follows a cost as slope · tokens + constant. To F latents are scaled
     of a source's slope what encoding takes (a dense product)    by F / F_p
     the other slopes (active latents only)                       not; by F / F_p on the dense path
 
-and the optimizer's time by the number of parameters. The model's forward pass is its FLOPs over the
-rate of one matrix product in its dtype; memory traffic beyond that is not modelled.
+and the optimizer's time by the number of parameters. Where the kernels update a decoder in the pass
+that makes its gradient, that is part of the products of a target, and of the step. The model's
+forward pass is its FLOPs over the rate of one matrix product in its dtype; memory traffic beyond
+that is not modelled. With `stream_activations` it is made twice.
 """
 
 from __future__ import annotations
@@ -22,8 +24,13 @@ import torch
 from torch import Tensor
 
 from sparsify_vlm.coders import Clt, CltConfig, forward_backward
-from sparsify_vlm.coders.kernels import Entries, kernels_for, prefers_dense
+from sparsify_vlm.coders.config import WITHOUT_K
+from sparsify_vlm.coders.kernels import Entries
+from sparsify_vlm.coders.selecting import Selected, select
+from sparsify_vlm.training.adam import Adam
+from sparsify_vlm.training.at_once import UpdatedAtOnce
 from sparsify_vlm.training.config import CoderConfig, TrainConfig
+from sparsify_vlm.training.distributed import World
 from sparsify_vlm.training.footprint import Job, count_parameters, n_pairs
 from sparsify_vlm.training.optimizers import Optimizers
 
@@ -109,11 +116,14 @@ def measure_step(job: Job) -> StepTime:
 def _probe_latents(job: Job) -> int:
     """As many latents as is cheap, on the same path (sparse or dense) as the job's."""
     latents = job.clt.num_latents
-    while latents > 2 * job.clt.k and latents * job.clt.d_model > MOST_WEIGHTS:
-        table = torch.empty(latents // 2, 0, device=job.device)
-        if prefers_dense(job.clt.k, table) != job.dense:
+    least = 2 * (1 if job.clt.activation in WITHOUT_K else job.clt.k)
+    while latents > least and latents * job.clt.d_model > MOST_WEIGHTS:
+        half = latents // 2
+        if job.clt.activation == "groupmax" and half % job.clt.k:
             break
-        latents //= 2
+        if replace(job, clt=replace(job.clt, num_latents=half)).dense != job.dense:
+            break
+        latents = half
     return latents
 
 
@@ -127,11 +137,10 @@ def _coders_seconds(job: Job, cfg: CltConfig, tokens: int) -> float:
     """Of one micro-batch's forward and backward."""
     clt = _random_coder(cfg, job)
 
-    def timed(make: Callable[[Clt, Tensor], Callable[[], object]]) -> _Line:
+    def timed(make: Callable[[Job, Clt, Tensor], Callable[[], object]]) -> _Line:
         def seconds(n: int) -> float:
-            return _seconds(
-                make(clt, torch.randn(1, n, cfg.d_model, device=job.device)), job.device
-            )
+            x = torch.randn(1, n, cfg.d_model, device=job.device)
+            return _seconds(make(job, clt, x), job.device)
 
         return _Line.measured(seconds, tokens)
 
@@ -152,37 +161,51 @@ def _random_coder(cfg: CltConfig, job: Job) -> Clt:
     return clt
 
 
-def _whole_step(clt: Clt, x: Tensor) -> Callable[[], object]:
+def _whole_step(job: Job, clt: Clt, x: Tensor) -> Callable[[], object]:
+    optimizers = _optimizers(job, clt) if job.fused else None
+
     def step() -> None:
         clt.zero_grad()
-        forward_backward(clt, x, x)
+        at_once = None
+        if optimizers is not None:
+            optimizers.begin(1)
+            at_once = UpdatedAtOnce(clt, optimizers, World())
+        forward_backward(clt, x, x, gradients=at_once, bf16_selection=job.bf16_selection)
 
     return step
 
 
-def _encoding(clt: Clt, x: Tensor) -> Callable[[], object]:
-    def encode() -> None:
-        with torch.no_grad():
-            clt.encode_layer(0, x[0])
-
-    return encode
+def _encoding(job: Job, clt: Clt, x: Tensor) -> Callable[[], object]:
+    return lambda: _selected(job, clt, x)
 
 
-def _one_more_target(clt: Clt, x: Tensor) -> Callable[[], object]:
+@torch.no_grad()
+def _selected(job: Job, clt: Clt, x: Tensor) -> Selected:
+    return select(
+        clt, 0, x[0], min(clt.cfg.k, clt.cfg.num_latents), job.kernels, job.bf16_selection
+    )
+
+
+def _one_more_target(job: Job, clt: Clt, x: Tensor) -> Callable[[], object]:
     """The products that a step takes for each (source, target) pair."""
-    cfg, G, W = clt.cfg, x[0], clt.W_dec[0][0].detach()
-    with torch.no_grad():
-        latents = clt.encode_layer(0, x[0])
-    kernels = kernels_for(W, cfg.k)
-    selection = kernels.uniform(latents.indices, cfg.num_latents)
-    selection.order  # noqa: B018  # once per source, not per pair
-    out, values = torch.zeros_like(G), latents.values.flatten()
+    cfg, G, W, kernels = clt.cfg, x[0], clt.W_dec[0][0], job.kernels
+    selected = _selected(job, clt, x)
+    selection, values = selected.selection, selected.values
+    if not job.dense:
+        selection.order  # noqa: B018  # once per source, not per pair
+    out = torch.zeros_like(G)
     skip = None if clt.W_skip is None else clt.W_skip[0][0].detach()
+    adam = Adam(W, torch.bfloat16 if job.bf16_moments else None)
 
+    @torch.no_grad()
     def pair() -> None:
         entries = Entries(selection, values)
-        kernels.decode(out, [(entries, W)])
-        kernels.backward(G, entries, W)
+        for _ in range(1 + cfg.secondary_target_tied):
+            kernels.decode(out, [(entries, W)])
+            if job.fused:
+                kernels.backward_adam(G, entries, W, adam.next(lr=1e-6))
+            else:
+                kernels.backward(G, entries, W)
         for _ in range(cfg.train_post_encoder + cfg.post_encoder_scale):
             selection.totals(values)
         if skip is not None:
@@ -191,12 +214,21 @@ def _one_more_target(clt: Clt, x: Tensor) -> Callable[[], object]:
     return pair
 
 
+def _optimizers(job: Job, clt: Clt) -> Optimizers:
+    parameters = [p for p in clt.parameters() if p.requires_grad]
+    settings = TrainConfig(
+        CoderConfig(), optimizer=job.optimizer, bf16_moments=job.bf16_moments, lr=1e-6
+    )
+    return Optimizers(parameters, settings, clt.cfg.num_latents, total=10)
+
+
 def _optimizer_seconds(job: Job, cfg: CltConfig) -> float:
+    if job.fused:  # in the step
+        return 0.0
     clt = _random_coder(cfg, job)
     parameters = [p for p in clt.parameters() if p.requires_grad]
     gradients = [parameter.detach().clone() for parameter in parameters]
-    settings = TrainConfig(CoderConfig(), optimizer=job.optimizer)
-    optimizers = Optimizers(parameters, settings, cfg.num_latents, total=10)
+    optimizers = _optimizers(job, clt)
 
     def step() -> None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -221,7 +253,8 @@ def _model_seconds(job: Job) -> float:
     a = torch.randn(rows, width, device=job.device, dtype=dtype)
     b = torch.randn(width, hidden, device=job.device, dtype=dtype)
     rate = 2 * rows * width * hidden / _seconds(lambda: a @ b, job.device)
-    flops = job.model.forward_flops(job.tokens, job.samples) * job.grad_acc_steps
+    passes = job.grad_acc_steps * (1 + job.stream_activations)
+    flops = job.model.forward_flops(job.tokens, job.samples) * passes
     return flops / (EXPECTED_FLOPS * rate)
 
 

@@ -9,14 +9,17 @@ from rich.table import Table
 
 _PARTS = (
     ("coders' weights", "weights"),
-    ("their gradients", "gradients"),
+    ("gradients kept until a step's end", "gradients"),
     ("optimizer's state", "optimizer"),
     ("model", "model"),
-    ("x and y of the batches", "tokens"),
+    ("x and y, and what is prepared ahead", "tokens"),
     ("model's forward pass", "forward"),
-    ("active latents", "latents"),
+    ("means and variances of a batch", "moments"),
+    ("active latents", "selected"),
+    ("active latents, arranged", "latents"),
     ("pre-activations of one coder", "encoding"),
-    ("coders' backward pass", "step"),
+    ("coders' forward and backward pass", "step"),
+    ("update of one decoder", "update"),
     ("averaged weights, while saving", "saving"),
 )
 
