@@ -60,7 +60,7 @@ class AttentionMap:
         heads = (flat @ self.W).view(P, T, kv, group, -1)
         mixed = heads.permute(2, 3, 0, 1, 4).reshape(kv, group * P, -1)
         pattern = self.pattern[:, :, :P, :ahead] * self.r[:P, None] * self.s[:ahead]
-        pattern = pattern.view(kv, group * P, ahead)
+        pattern = pattern.to(flat.dtype).view(kv, group * P, ahead)
         values = torch.bmm(pattern.transpose(1, 2), mixed).view(kv, ahead, T, -1)
         values = values.permute(1, 2, 0, 3).reshape(ahead * T, -1)
         if ahead > P:
@@ -74,18 +74,17 @@ class AttentionMap:
         ahead = int(self.reach[int(positions.max())]) + 1
         heads = (gradients @ self.W).view(T, kv, group, -1).transpose(0, 1)
         pattern = self.pattern[:, :, positions, :ahead] * self.r[positions, None] * self.s[:ahead]
-        values = (
-            torch.matmul(pattern.permute(0, 2, 3, 1), heads)
-            .permute(2, 1, 0, 3)
-            .reshape(ahead * T, -1)
-        )
+        values = torch.matmul(pattern.to(heads.dtype).permute(0, 2, 3, 1), heads)
+        values = values.permute(2, 1, 0, 3).reshape(ahead * T, -1)
         found = (values @ self.V).view(ahead, T, d)
         found[positions, torch.arange(T, device=positions.device)] += gradients
         return found
 
 
-def attention_map(local: LocalModel, layer: int) -> AttentionMap | None:
-    """The layer's matrices, or None if it has not this form."""
+def attention_map(
+    local: LocalModel, layer: int, dtype: torch.dtype = torch.float32
+) -> AttentionMap | None:
+    """The layer's matrices, for gradients of `dtype`; None if it has not this form."""
     segment = local.segments[layer]
     call = segment.attention
     _, S, heads, _ = call.made.shape
@@ -99,7 +98,7 @@ def attention_map(local: LocalModel, layer: int) -> AttentionMap | None:
     here = torch.arange(S, device=pattern.device)
     furthest = torch.where((call.pattern != 0).any(0), here, 0).amax(1)
     reach = torch.maximum(furthest, here).cummax(0).values.cpu()
-    found = AttentionMap(V, W, pattern, r, s, reach)
+    found = AttentionMap(V.to(dtype), W.to(dtype), pattern, r.to(dtype), s.to(dtype), reach)
     return found if _agrees(local, layer, segment, found) else None
 
 
@@ -114,14 +113,14 @@ def _read_off(
 ) -> tuple[Tensor, Tensor] | None:
     """The matrix [n_out, inputs] of a map that is the same at every position but for a factor,
     and the factors [S] relative to the first position's."""
-    S = leaf.shape[1]
+    S, precise = leaf.shape[1], torch.promote_types(leaf.dtype, torch.float32)
 
     def backward(given: Tensor) -> Tensor:
         """Gradients [S, inputs] for `given` [S, n_out]."""
         (found,) = torch.autograd.grad(
             made, leaf, shaped(given.to(made.dtype), made), retain_graph=True
         )
-        return found[0].reshape(S, -1).float()
+        return found[0].reshape(S, -1).to(precise)
 
     generator = torch.Generator().manual_seed(0)
     same = torch.randn(n_out, generator=generator).to(made.device).expand(S, -1)
@@ -146,6 +145,7 @@ def _agrees(local: LocalModel, layer: int, segment: Segment, found: AttentionMap
     generator = torch.Generator().manual_seed(1)
     shape = (local.n_positions, 1, segment.mid.shape[-1])
     given = torch.randn(shape, generator=generator).to(segment.mid.device)
-    expected = local.cross(layer, given).float()
+    given = given.to(found.V)
+    expected = local.cross(layer, given).to(found.V)
     allowed = tolerance(segment.mid.dtype) * expected.abs().max()
     return bool((found.cross(given) - expected).abs().max() <= allowed)

@@ -69,7 +69,7 @@ class RowMaker:
         """The layer's matrices; None where autograd is to be used."""
         if not self.fast or layer in self._maps:
             return self._maps.get(layer)
-        found = attention_map(self.local, layer)
+        found = attention_map(self.local, layer, self.dtype)
         if found is None or found.n_bytes * self.local.n_layers <= self._max_bytes:
             self._maps[layer] = found
         return found

@@ -71,7 +71,9 @@ def resolve_targets(
         targets = list(targets) if targets.is_floating_point() else targets.tolist()
     if not targets:
         raise UserError("no target to explain: give at least one token, direction or feature")
-    made = [_Resolved.of(local, target, probabilities) for target in targets]
+    named = any(isinstance(target, int | str) for target in targets)
+    mean = mean_row(unembedding(local)) if named else torch.zeros(0)
+    made = [_Resolved.of(local, target, probabilities, mean) for target in targets]
     reads = Reads(
         torch.tensor([one.layer for one in made], device=local.errors.device),
         torch.tensor([one.position for one in made], device=local.errors.device),
@@ -95,7 +97,9 @@ class _Resolved:
     weight: float = 1.0
 
     @classmethod
-    def of(cls, local: LocalModel, target: Target, probabilities: Tensor) -> _Resolved:
+    def of(
+        cls, local: LocalModel, target: Target, probabilities: Tensor, mean: Tensor
+    ) -> _Resolved:
         last = (local.n_layers, local.n_positions - 1)
         if isinstance(target, Feature):
             return _feature(local, target)
@@ -112,7 +116,7 @@ class _Resolved:
             vector = W[a].float() - W[b].float()
             return cls(vector, *last, f"{text(local, a)} − {text(local, b)}")
         id = token_id(local, target)  # type: ignore[arg-type]
-        vector = W[id].float() - mean_row(W)
+        vector = W[id].float() - mean
         return cls(vector, *last, text(local, id), id, float(probabilities[id]))
 
 

@@ -149,7 +149,7 @@ class Freezer:
                 -1, keepdim=True
             ).clamp(min=torch.finfo(torch.float32).tiny)
             fault = (scaled * scale - target).abs().max()
-            if not bool(fault <= 20 * torch.finfo(made.dtype).eps * (1 + target.abs().max())):
+            if not bool(fault <= 20 * _rounding(made.dtype) * (1 + target.abs().max())):
                 raise UserError(
                     f"{type(module).__name__} is not a norm whose scale can be frozen: "
                     "this model cannot be traced"
@@ -188,9 +188,8 @@ class Freezer:
         ) -> tuple[Tensor, Tensor | None]:
             pattern = None
             if measured:
-                own = sys.modules[type(module).__module__].eager_attention_forward
                 with torch.no_grad():
-                    pattern = own(module, query, key, value, mask, **options)[1]
+                    pattern = _eager(module)(module, query, key, value, mask, **options)[1]
             return attend(pattern, value), pattern
 
         was = {key: config._attn_implementation for key, config in self._configs.items()}
@@ -209,6 +208,22 @@ def is_norm(module: nn.Module) -> bool:
     """Whether a module is a LayerNorm or an RMSNorm, by its class and by having no parts."""
     named = type(module).__name__.endswith("Norm")
     return named and not any(True for _ in module.children())
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Norms compute in float32 at best, whatever they give back."""
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """The eager attention function of the model a module belongs to."""
+    home = sys.modules[type(module).__module__]
+    own: Callable[..., Any] | None = getattr(home, "eager_attention_forward", None)
+    if own is None:
+        raise UserError(
+            f"{type(module).__name__} has no eager attention: this model cannot be traced"
+        )
+    return own
 
 
 def mixed(pattern: Tensor, value: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from families import N_LAYERS, shared
+from families import N_LAYERS, load, shared
 from prompts import F, one_prompt, random_coder
 from reference_graphs import inputs, model
 
@@ -183,6 +183,21 @@ def test_matrices_and_autograd_agree(name):
     )
     one, other = (attribute(local.model, local, fast=fast).adjacency for fast in (True, False))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [("float64", 1e-5), ("bfloat16", 0.1)])
+def test_models_of_other_dtypes(dtype, allowed, tmp_path):
+    """Read off or not, in the model's own dtype; and in float64 the graph of float32."""
+    loaded, known = load("gemma2", tmp_path, dtype=dtype), shared("gemma2")
+    local = LocalModel(VLMReplacementModel(loaded, random_coder(loaded)), one_prompt(loaded))
+    graphs = [attribute(local.model, local, fast=fast) for fast in (True, False)]
+    reference = attribute(VLMReplacementModel(known, random_coder(known)), one_prompt(known))
+    for graph in graphs:
+        assert torch.equal(graph.active_features, reference.active_features)
+        targets = min(len(graph.logit_token_ids), len(reference.logit_token_ids)) - 1
+        n = graph.target_nodes.start + targets
+        expected = reference.adjacency[:n, :n]
+        torch.testing.assert_close(graph.adjacency[:n, :n], expected, rtol=0, atol=allowed)
 
 
 def test_too_many_nodes_for_the_memory():
