@@ -80,6 +80,12 @@ def _demo() -> tuple[dict[str, type], Callable[..., object]]:
     return {"cfg": DemoConfig}, run_demo
 
 
+def _view() -> tuple[dict[str, type], Callable[..., object]]:
+    from sparsify_vlm.report.viewer import ViewConfig, view
+
+    return {"cfg": ViewConfig}, view
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "train a cross-layer transcoder, transcoders or SAEs on a model",
@@ -103,6 +109,11 @@ COMMANDS: dict[str, Command] = {
         "memory and time a training run would take, before anything is loaded",
         ("model",),
         _estimate,
+    ),
+    "view": Command(
+        "show an attribution graph in the browser, or as one HTML file",
+        ("graph",),
+        _view,
     ),
     "demo": Command(
         "everything once, on the embedded model and data, with a report",

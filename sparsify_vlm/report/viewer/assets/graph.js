@@ -1,0 +1,203 @@
+// The graph itself: nodes one can point at or walk through with the keyboard, links beneath.
+
+import { clear, el, percent, svg, visible } from "./dom.js";
+import { layout } from "./layout.js";
+import { drawGround, drawLinks, strongest } from "./links.js";
+import { answerText, nodeName, placeName, spokenName } from "./names.js";
+
+export class GraphView {
+  constructor(state, sources) {
+    this.state = state;
+    this.pictures = state.model.images.map((image) => {
+      const picture = new Image();
+      picture.onload = () => this.paint();
+      if (image.file) picture.src = sources[image.file];
+      return picture;
+    });
+    this.canvas = el("canvas", { "aria-hidden": "true" });
+    this.nodes = svg("svg", { class: "nodes", role: "group",
+      "aria-label": "Nodes by layer and token. Left and right: in the layer; down: strongest input; up: strongest output; Enter: choose; P: pin." });
+    this.header = el("div", { class: "columns", "aria-hidden": "true" });
+    this.tip = el("div", { class: "tip", hidden: true });
+    this.board = el("div", { class: "board" }, this.canvas, this.nodes, this.tip);
+    this.scroll = el("div", { class: "scroll" }, this.board, this.header);
+    this.elements = new Map();
+    this.listen();
+    state.onChange(() => this.update());
+    state.marks.onChange(() => this.update());
+    new ResizeObserver(() => this.update()).observe(this.scroll);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.paint());
+  }
+
+  listen() {
+    const at = (event) => event.target.closest?.("[data-node]");
+    this.nodes.addEventListener("click", (event) => {
+      const node = at(event);
+      const chosen = node ? [+node.dataset.node] : [];
+      this.state.choose(chosen.length && this.state.chosen.join() === chosen.join() ? [] : chosen);
+    });
+    this.nodes.addEventListener("pointerover", (event) => this.point(at(event)));
+    this.nodes.addEventListener("pointerout", () => this.point(null));
+    this.nodes.addEventListener("focusin", (event) => this.point(at(event)));
+    this.nodes.addEventListener("focusout", () => this.point(null));
+    this.nodes.addEventListener("keydown", (event) => this.key(event));
+  }
+
+  update() {
+    const { state } = this;
+    const width = this.scroll.clientWidth;
+    if (!width) return;
+    const { model } = state;
+    const shown = state.shown;
+    this.shown = state.shownSet;
+    if (!this.shown.has(state.focus)) state.focus = model.answerNode.index;
+    this.place = layout(model, shown, width, this.scroll.clientHeight - 30);
+    this.links = strongest(model, state.effects.flow, state.chosen, this.shown);
+    this.drawNodes(shown);
+    this.drawHeader();
+    this.paint();
+  }
+
+  drawNodes(shown) {
+    const { state, place } = this;
+    const hadFocus = this.nodes.contains(document.activeElement);
+    this.nodes.setAttribute("width", place.width);
+    this.nodes.setAttribute("height", place.height);
+    const near = this.near();
+    this.elements = new Map(shown.map((node) => [node.index, this.drawNode(node, near)]));
+    const top = state.model.topLayer + 1;
+    const names = [...place.rows.values()].filter((row) => !row.empty).map((row) => svg("text", {
+      class: "layer", x: 6, y: row.middle + 4 }, row.layer === top ? "answer" : row.layer < 0 ? "input" : `layer ${row.layer}`));
+    // In the order of reading, so that assistive technology meets them so.
+    const ordered = [...this.elements.values()].sort((a, b) => a.place.y - b.place.y || a.place.x - b.place.x);
+    clear(this.nodes, svg("rect", { class: "ground", width: place.width, height: place.height }), names,
+      ordered.map((one) => one.element));
+    if (hadFocus) this.elements.get(state.focus)?.element.focus({ preventScroll: true });
+  }
+
+  // Nodes that stay bright: the chosen, their neighbours that are drawn, and what feeds them most.
+  near() {
+    const { state } = this;
+    if (!state.chosen.length) return null;
+    const near = new Set(state.chosen);
+    for (const { link } of this.links.flat()) {
+      near.add(state.model.source[link]);
+      near.add(state.model.target[link]);
+    }
+    return near;
+  }
+
+  drawNode(node, near) {
+    const { state } = this;
+    const place = this.place.at.get(node.index);
+    const chosen = state.chosen.includes(node.index);
+    const group = state.marks.groupOf(node.id);
+    const classes = ["node", node.kind, chosen ? "chosen" : "", near && !near.has(node.index) ? "far" : "",
+      state.marks.isPinned(node.id) ? "pinned" : "", group ? "grouped" : ""];
+    const element = svg("g", { class: classes.filter(Boolean).join(" "), "data-node": node.index, role: "button",
+      tabindex: node.index === state.focus ? 0 : -1, "aria-label": spokenName(state, node),
+      "aria-pressed": String(chosen), transform: `translate(${place.x} ${place.y})` }, shape(node, place));
+    if (state.marks.label(node.id) || group) {
+      const text = state.marks.label(node.id) || group.name;
+      if (chosen || state.marks.isPinned(node.id) || state.marks.label(node.id)) {
+        element.append(svg("text", { class: "label", x: place.r + 4, y: 4 }, text.slice(0, 24)));
+      }
+    }
+    return { element, place };
+  }
+
+  drawHeader() {
+    const { lanes, width } = this.place;
+    this.header.style.width = `${width}px`;
+    clear(this.header, el("span", { class: "corner" }, "token"), lanes.map((lane) => {
+      const name = lane.image >= 0 ? `picture ${this.state.model.images.length > 1 ? lane.image + 1 : ""}` : visible(lane.token.text);
+      const label = el("span", { class: turned(lane) ? "turned" : "", title: name }, name);
+      label.style.left = `${lane.x}px`;
+      label.style.width = `${lane.image >= 0 ? lane.cell * lane.columns : lane.width}px`;
+      return label;
+    }));
+    const longest = lanes.reduce((most, lane) => Math.max(most, turned(lane) ? Math.min(14, visible(lane.token.text).length) : 0), 0);
+    this.header.style.height = `${Math.max(24, 7.4 * longest + 10)}px`;
+  }
+
+  paint() {
+    if (!this.place) return;
+    const { width, height } = this.place;
+    const ratio = Math.min(2, window.devicePixelRatio || 1);
+    Object.assign(this.canvas, { width: Math.ceil(width * ratio), height: Math.ceil(height * ratio) });
+    Object.assign(this.canvas.style, { width: `${width}px`, height: `${height}px` });
+    Object.assign(this.board.style, { width: `${width}px`, height: `${height}px` });
+    const context = this.canvas.getContext("2d");
+    context.scale(ratio, ratio);
+    drawGround(context, this.place, this.pictures, this.state.shown);
+    drawLinks(context, this.state.model, this.place.at, this.links);
+  }
+
+  point(element) {
+    this.tip.hidden = !element;
+    if (!element) return;
+    const node = this.state.model.nodes[+element.dataset.node];
+    const place = this.place.at.get(node.index);
+    const lines = [placeName(node)];
+    if (node.activation !== null) lines.push(`activation ${node.activation.toFixed(2)}`);
+    if (node.kind === "logit") lines.push(`probability ${percent(node.probability)}`);
+    clear(this.tip, el("b", {}, nodeName(this.state, node)), lines.map((line) => el("span", {}, line)));
+    const right = place.x > this.place.width - 220;
+    this.tip.style.left = right ? "auto" : `${place.x + 12}px`;
+    this.tip.style.right = right ? `${this.place.width - place.x + 12}px` : "auto";
+    this.tip.style.top = `${Math.max(0, place.y - 14)}px`;
+  }
+
+  key(event) {
+    const { state } = this;
+    const { model } = state;
+    const steps = { ArrowLeft: () => this.beside(-1), ArrowRight: () => this.beside(1),
+      ArrowDown: () => this.along("inputs"), ArrowUp: () => this.along("outputs") };
+    if (steps[event.key]) this.moveTo(steps[event.key]());
+    else if (event.key === "Enter" || event.key === " ") state.choose([state.focus]);
+    else if (event.key === "p" || event.key === "P") state.marks.togglePin(model.nodes[state.focus].id);
+    else return;
+    event.preventDefault();
+  }
+
+  moveTo(index) {
+    if (index === undefined) return;
+    this.state.focus = index;
+    for (const [i, { element }] of this.elements) element.setAttribute("tabindex", i === index ? 0 : -1);
+    const { element } = this.elements.get(index);
+    element.focus({ preventScroll: true });
+    element.scrollIntoView({ block: "nearest", inline: "nearest" });
+  }
+
+  // The next node of the same layer.
+  beside(step) {
+    const { model, focus } = this.state;
+    const row = [...this.shown].filter((i) => model.rank(i) === model.rank(focus));
+    const at = (i) => this.place.at.get(i);
+    row.sort((a, b) => at(a).x - at(b).x || at(a).y - at(b).y);
+    return row[row.indexOf(focus) + step];
+  }
+
+  along(side) {
+    const near = this.state.model.neighbours([this.state.focus], side);
+    return near.find(({ node }) => this.shown.has(node.index))?.node.index;
+  }
+}
+
+// Whether a word does not fit across its column.
+function turned(lane) {
+  return lane.image < 0 && lane.width < 7.5 * visible(lane.token.text).length + 4;
+}
+
+function shape(node, { r, wide }) {
+  if (node.kind === "logit") {
+    const text = `“${visible(answerText(node)).slice(0, Math.max(3, Math.floor((wide - 54) / 8)))}”`;
+    const half = Math.min(wide, 8 * text.length + 58) / 2;
+    return [svg("rect", { x: -half, y: -13, width: 2 * half, height: 26, rx: 13 }),
+      svg("text", { "text-anchor": "middle", y: 4.5 }, `${text} ${percent(node.probability)}`)];
+  }
+  const hit = svg("circle", { class: "hit", r: Math.max(r, 6) });
+  if (node.kind === "feature") return [hit, svg("circle", { r })];
+  if (node.kind === "token") return [hit, svg("rect", { x: -r, y: -r, width: 2 * r, height: 2 * r, rx: 1 })];
+  return [hit, svg("path", { d: `M0 ${-r - 1}L${r + 1} 0L0 ${r + 1}L${-r - 1} 0Z` })];
+}

@@ -1,0 +1,179 @@
+// The picture under its patch grid, coloured by what each patch does to the answer or to what is
+// chosen.
+
+import { strength, side } from "./colours.js";
+import { clear, count, el, percent, signed, svg } from "./dom.js";
+import { nodeName, patchName } from "./names.js";
+
+const STRONGEST = 5;
+
+export class PictureView {
+  constructor(state, pictures) {
+    this.state = state;
+    this.look = "heat";
+    this.heading = el("h2");
+    this.summary = el("p", { class: "summary", "aria-live": "polite" });
+    this.readout = el("p", { class: "readout" });
+    this.legend = el("div", { class: "legend" });
+    this.list = el("ol", { class: "strongest", "aria-label": "strongest patches" });
+    this.figures = state.model.images.map((image, i) => this.figure(image, pictures[image.file], i));
+    this.looks = el("div", { class: "segments", role: "group", "aria-label": "how the picture is shown" },
+      ...[["heat", "Heat map"], ["plain", "Picture"]].map(([look, text]) =>
+        el("button", { type: "button", "data-look": look, onclick: () => this.setLook(look) }, text)));
+    this.root = el("section", { class: "picture", "aria-label": "picture" }, this.heading, this.summary,
+      this.figures.map((figure) => figure.root), this.legend, this.readout, this.looks, this.list);
+    state.onChange(() => this.update());
+    this.setLook("heat");
+  }
+
+  figure(image, source, i) {
+    const overlay = svg("svg", { class: "overlay", preserveAspectRatio: "none", "aria-hidden": "true" });
+    const alt = `picture ${i + 1}, cut into ${image.rows} × ${image.columns} patches`;
+    const img = source ? el("img", { src: source, alt }) : el("div", { class: "no-picture" });
+    if (!source) img.style.aspectRatio = `${image.columns} / ${image.rows}`;
+    overlay.addEventListener("pointermove", (event) => this.read(event.target.dataset, i));
+    overlay.addEventListener("pointerleave", () => this.read({}, i));
+    overlay.addEventListener("click", (event) => this.pick(event.target.dataset, i));
+    return { image, overlay, root: el("div", { class: "frame" }, img, overlay) };
+  }
+
+  setLook(look) {
+    this.look = look;
+    this.root.dataset.look = look;
+    for (const button of this.looks.children) {
+      button.setAttribute("aria-pressed", String(button.dataset.look === look));
+    }
+    this.update();
+  }
+
+  // Values of each picture's patches, and where they come from.
+  maps() {
+    const { state } = this;
+    const { model } = state;
+    const single = state.subject.length === 1 && !state.direct ? state.subject[0] : -1;
+    const { effect } = state.effects;
+    return model.images.map((image, i) => {
+      const exact = model.exactPatchEffects(single, i);
+      if (exact) return { values: exact.values, exact: true };
+      const values = Array.from({ length: image.rows }, () => new Array(image.columns).fill(0));
+      for (const node of model.tokenNode.values()) {
+        const { patch, image: of } = node.token;
+        if (patch && of === i) values[patch[0]][patch[1]] += effect[node.index];
+      }
+      return { values, exact: false };
+    });
+  }
+
+  update() {
+    const maps = this.maps();
+    const patches = maps.flatMap(({ values }, image) => values.flatMap((line, row) =>
+      line.map((value, column) => ({ image, row, column, value }))));
+    const most = patches.reduce((most, patch) => Math.max(most, Math.abs(patch.value)), 0);
+    const carriers = halfOf(patches.filter((patch) => patch.value > 0));
+    this.patches = patches;
+    this.figures.forEach((figure, i) => {
+      draw(figure, maps[i].values, most, carriers.filter((patch) => patch.image === i));
+    });
+    this.write(patches, carriers, most, maps.every((map) => map.exact));
+  }
+
+  subjectName() {
+    const { state } = this;
+    if (state.group) return `“${state.group.name}”`;
+    return state.subject.length === 1 ? nodeName(state, state.model.nodes[state.subject[0]])
+      : count(state.subject.length, "node");
+  }
+
+  write(patches, carriers, most, exact) {
+    const { state } = this;
+    const name = this.subjectName();
+    const answer = state.subject.every((i) => state.model.nodes[i].kind === "logit");
+    this.heading.textContent = answer ? `Which patches made it say ${name}?` : `Patches that feed ${name}`;
+    if (most === 0) {
+      this.summary.textContent = state.direct ? "No patch feeds it directly." : "No patch of the graph feeds it.";
+    } else if (carriers.length) {
+      const push = answer ? `towards ${name}` : "that raises it";
+      this.summary.textContent = `Outlined: ${count(carriers.length, "patch", "patches")} of ` +
+        `${patches.length} that carry half of the push ${push}.`;
+    } else {
+      this.summary.textContent = "Every patch pushes against it.";
+    }
+    const unit = answer ? "logits" : "of its activation";
+    this.legend.hidden = most === 0;
+    clear(this.legend, el("div", { class: "scale" }), el("div", { class: "ends" },
+      el("span", {}, `${signed(-most)} against`), el("span", {}, "0"), el("span", {}, `for ${signed(most)}`)),
+    el("p", { class: "note" }, exact
+      ? `In ${unit}: everything the patch's token does, on all paths of the whole graph.`
+      : state.model.hasSigns
+        ? `In ${answer ? "logits" : "units " + unit}: ${state.direct ? "direct links from the patches" : "all paths through this pruned graph"}.`
+        : "Shares of influence, without signs: the graph's file holds no activations."));
+    this.readout.textContent = "Point at a patch to read its value.";
+    const top = patches.filter((patch) => patch.value).sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+    clear(this.list, top.slice(0, STRONGEST).map((patch) => this.entry(patch)));
+  }
+
+  entry(patch) {
+    const text = [patchName([patch.row, patch.column]), el("b", { class: side(patch.value) }, signed(patch.value))];
+    const node = this.nodeAt(patch.image, patch.row, patch.column);
+    const show = () => this.mark(patch);
+    return el("li", {}, el("button", { type: "button", disabled: !node, onfocus: show, onpointerenter: show,
+      onclick: () => this.state.choose([node.index]) }, ...text));
+  }
+
+  mark({ image, row, column }) {
+    for (const figure of this.figures) figure.overlay.querySelector(".marked")?.classList.remove("marked");
+    const rect = this.figures[image].overlay.querySelector(`[data-row="${row}"][data-column="${column}"]`);
+    rect?.classList.add("marked");
+    rect?.parentNode.append(rect);
+  }
+
+  read({ row, column }, image) {
+    if (row === undefined) {
+      this.readout.textContent = "Point at a patch to read its value.";
+      return;
+    }
+    const patch = this.patches.find((one) => one.image === image && one.row === +row && one.column === +column);
+    const all = this.patches.reduce((sum, one) => sum + Math.abs(one.value), 0);
+    const share = all ? `, ${percent(Math.abs(patch.value) / all)} of all patches' effects` : "";
+    this.readout.textContent = `${patchName([+row, +column])}: ${signed(patch.value)}${share}`;
+  }
+
+  nodeAt(image, row, column) {
+    for (const node of this.state.model.tokenNode.values()) {
+      const { patch, image: of } = node.token;
+      if (patch && of === image && patch[0] === row && patch[1] === column) return node;
+    }
+    return null;
+  }
+
+  pick({ row, column }, image) {
+    const node = row === undefined ? null : this.nodeAt(image, +row, +column);
+    if (node) this.state.choose([node.index]);
+  }
+}
+
+// The fewest patches that make up half of the sum of positive values.
+function halfOf(patches) {
+  const sorted = [...patches].sort((a, b) => b.value - a.value);
+  const all = sorted.reduce((sum, patch) => sum + patch.value, 0);
+  const taken = [];
+  for (let sum = 0; taken.length < sorted.length && sum < all / 2;) {
+    sum += sorted[taken.length].value;
+    taken.push(sorted[taken.length]);
+  }
+  return taken;
+}
+
+function draw({ overlay }, values, most, carriers) {
+  const [rows, columns] = [values.length, values.length ? values[0].length : 0];
+  overlay.setAttribute("viewBox", `0 0 ${columns} ${rows}`);
+  const rects = values.flatMap((line, row) => line.map((value, column) => svg("rect", {
+    x: column, y: row, width: 1, height: 1, class: `patch ${side(value)}`, "data-row": row,
+    "data-column": column, "data-value": value, "fill-opacity": 0.9 * strength(value, most) })));
+  const outline = ["edge", "carrier"].map((name) => carriers.map(({ row, column }) => svg("rect", {
+    x: column + 0.04, y: row + 0.04, width: 0.92, height: 0.92, class: name })));
+  const minus = values.flatMap((line, row) => line.map((value, column) =>
+    (value < 0 && strength(value, most) > 0.25 ? svg("path", { class: "minus",
+      d: `M${column + 0.3} ${row + 0.5}h0.4` }) : null)));
+  clear(overlay, rects, outline.flat(), minus);
+}
