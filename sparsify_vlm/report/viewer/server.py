@@ -202,10 +202,10 @@ class _Handler(BaseHTTPRequestHandler):
 def serve(folder: GraphFolder, port: int, open_browser: bool) -> None:
     """Serve `folder` until Ctrl-C. Raises `UserError` when the port is taken."""
     with ViewerServer(folder, port) as server:
-        print(f"{folder.path} is shown at {server.url} (Ctrl-C ends it)", flush=True)
-        if open_browser:
-            threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
         try:
+            print(f"{folder.path} is shown at {server.url} (Ctrl-C ends it)", flush=True)
+            if open_browser:
+                threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
             server.serve_forever()
         except KeyboardInterrupt:
             print("ended")

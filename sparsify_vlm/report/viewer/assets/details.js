@@ -100,7 +100,7 @@ export class DetailsView {
       return word;
     });
     return el("div", { class: "example" }, el("span", { class: "note" }, `activation ${activation.toFixed(2)}`),
-      image ? lit(this.pictures[image], patches || [], activation) : null, el("p", { class: "words" }, words));
+      image ? lit(this.pictures[image], patches || [], activation) : null, el("p", { class: "words" }, words.flatMap((word) => [word, " "])));
   }
 }
 

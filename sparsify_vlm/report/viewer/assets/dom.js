@@ -21,8 +21,18 @@ export function svg(tag, properties = {}, ...children) {
 }
 
 export function clear(element, ...children) {
-  element.replaceChildren(...children.flat().filter((child) => child));
+  element.replaceChildren(...children.flat().filter(Boolean));
   return element;
+}
+
+// Make `wanted` the children without taking out those that stay: that would end a click on them, or
+// the focus.
+export function setChildren(element, wanted) {
+  const stays = new Set(wanted);
+  for (const child of [...element.childNodes]) if (!stays.has(child)) child.remove();
+  wanted.forEach((child, i) => {
+    if (element.childNodes[i] !== child) element.insertBefore(child, element.childNodes[i] || null);
+  });
 }
 
 // A signed number of about three digits, with a true minus sign.

@@ -1,6 +1,6 @@
 // The graph itself: nodes one can point at or walk through with the keyboard, links beneath.
 
-import { clear, el, percent, svg, visible } from "./dom.js";
+import { clear, el, percent, setChildren, svg, visible } from "./dom.js";
 import { layout } from "./layout.js";
 import { drawGround, drawLinks, strongest } from "./links.js";
 import { answerText, nodeName, placeName, spokenName } from "./names.js";
@@ -38,8 +38,9 @@ export class GraphView {
     });
     this.nodes.addEventListener("pointerover", (event) => this.point(at(event)));
     this.nodes.addEventListener("pointerout", () => this.point(null));
-    this.nodes.addEventListener("focusin", (event) => this.point(at(event)));
-    this.nodes.addEventListener("focusout", () => this.point(null));
+    // Not on the svg itself: a browser would take it for something that wants the focus.
+    this.board.addEventListener("focusin", (event) => this.point(at(event)));
+    this.board.addEventListener("focusout", () => this.point(null));
     this.nodes.addEventListener("keydown", (event) => this.key(event));
   }
 
@@ -64,14 +65,15 @@ export class GraphView {
     this.nodes.setAttribute("width", place.width);
     this.nodes.setAttribute("height", place.height);
     const near = this.near();
-    this.elements = new Map(shown.map((node) => [node.index, this.drawNode(node, near)]));
+    const before = this.elements;
+    this.elements = new Map(shown.map((node) => [node.index, this.drawNode(node, near, before.get(node.index))]));
     const top = state.model.topLayer + 1;
     const names = [...place.rows.values()].filter((row) => !row.empty).map((row) => svg("text", {
       class: "layer", x: 6, y: row.middle + 4 }, row.layer === top ? "answer" : row.layer < 0 ? "input" : `layer ${row.layer}`));
     // In the order of reading, so that assistive technology meets them so.
     const ordered = [...this.elements.values()].sort((a, b) => a.place.y - b.place.y || a.place.x - b.place.x);
-    clear(this.nodes, svg("rect", { class: "ground", width: place.width, height: place.height }), names,
-      ordered.map((one) => one.element));
+    setChildren(this.nodes, [svg("rect", { class: "ground", width: place.width, height: place.height }), ...names,
+      ...ordered.map((one) => one.element)]);
     if (hadFocus) this.elements.get(state.focus)?.element.focus({ preventScroll: true });
   }
 
@@ -87,22 +89,24 @@ export class GraphView {
     return near;
   }
 
-  drawNode(node, near) {
+  // Elements are kept from one drawing to the next: a click that first ends the writing of a label
+  // must still find what it was aimed at, and the focus stays.
+  drawNode(node, near, before) {
     const { state } = this;
     const place = this.place.at.get(node.index);
     const chosen = state.chosen.includes(node.index);
     const group = state.marks.groupOf(node.id);
     const classes = ["node", node.kind, chosen ? "chosen" : "", near && !near.has(node.index) ? "far" : "",
       state.marks.isPinned(node.id) ? "pinned" : "", group ? "grouped" : ""];
-    const element = svg("g", { class: classes.filter(Boolean).join(" "), "data-node": node.index, role: "button",
-      tabindex: node.index === state.focus ? 0 : -1, "aria-label": spokenName(state, node),
-      "aria-pressed": String(chosen), transform: `translate(${place.x} ${place.y})` }, shape(node, place));
-    if (state.marks.label(node.id) || group) {
-      const text = state.marks.label(node.id) || group.name;
-      if (chosen || state.marks.isPinned(node.id) || state.marks.label(node.id)) {
-        element.append(svg("text", { class: "label", x: place.r + 4, y: 4 }, text.slice(0, 24)));
-      }
-    }
+    const same = before && before.place.r === place.r && before.place.wide === place.wide;
+    const element = same ? before.element : svg("g", { "data-node": node.index, role: "button" }, shape(node, place));
+    const attributes = { class: classes.filter(Boolean).join(" "), "aria-label": spokenName(state, node),
+      tabindex: node.index === state.focus ? 0 : -1, "aria-pressed": String(chosen),
+      transform: `translate(${place.x} ${place.y})` };
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    element.querySelector(".label")?.remove();
+    const text = state.marks.label(node.id) || group?.name;
+    if (text) element.append(svg("text", { class: "label", x: place.r + 4, y: 4 }, text.slice(0, 24)));
     return { element, place };
   }
 

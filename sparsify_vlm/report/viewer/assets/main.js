@@ -103,7 +103,8 @@ async function start() {
   views.search.onLeft = () => views.graph.moveTo(state.focus);
   const notice = model.repeated_ids ? el("p", { class: "notice" },
     `${count(model.repeated_ids, "node")} left out: the file gives them the id of another one, so their links cannot be told apart.`) : null;
-  clear(document.getElementById("app"), title(state), el("div", { class: "bar-top" }, controls(state), views.search.root), notice,
+  const skip = el("button", { type: "button", class: "skip", onclick: () => views.graph.moveTo(state.focus) }, "Go to the graph");
+  clear(document.getElementById("app"), skip, title(state), el("div", { class: "bar-top" }, controls(state), views.search.root), notice,
     el("main", {}, el("div", { class: "left" }, picture?.root, new WordsView(state).root),
       el("div", { class: "middle" }, legend(), views.graph.scroll),
       el("div", { class: "right" }, new DetailsView(state, model.pictures).root, new ShelfView(state, standalone).root)));

@@ -6,6 +6,7 @@ export class Marks {
     this.value = value;
     this.save = save;
     this.listeners = [];
+    this.onStatus = () => {};
     this.status = "";
     this.pending = Promise.resolve();
   }
@@ -55,6 +56,7 @@ export class Marks {
 
   change(changes) {
     this.value = { ...this.value, ...changes };
+    this.listeners.forEach((listener) => listener());
     this.tell("saving …");
     // One after the other, so that the last change is the last one written.
     this.pending = this.pending.then(() => this.save(this.value)).then(
@@ -65,7 +67,7 @@ export class Marks {
 
   tell(status) {
     this.status = status;
-    this.listeners.forEach((listener) => listener());
+    this.onStatus(status);
   }
 
   text() {

@@ -107,7 +107,7 @@ export class PictureView {
       : state.model.hasSigns
         ? `In ${answer ? "logits" : "units " + unit}: ${state.direct ? "direct links from the patches" : "all paths through this pruned graph"}.`
         : "Shares of influence, without signs: the graph's file holds no activations."));
-    this.readout.textContent = "Point at a patch to read its value.";
+    this.tellOver();
     const top = patches.filter((patch) => patch.value).sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
     clear(this.list, top.slice(0, STRONGEST).map((patch) => this.entry(patch)));
   }
@@ -128,14 +128,20 @@ export class PictureView {
   }
 
   read({ row, column }, image) {
-    if (row === undefined) {
+    this.over = row === undefined ? null : { row: +row, column: +column, image };
+    this.tellOver();
+  }
+
+  tellOver() {
+    if (!this.over) {
       this.readout.textContent = "Point at a patch to read its value.";
       return;
     }
-    const patch = this.patches.find((one) => one.image === image && one.row === +row && one.column === +column);
+    const { row, column, image } = this.over;
+    const patch = this.patches.find((one) => one.image === image && one.row === row && one.column === column);
     const all = this.patches.reduce((sum, one) => sum + Math.abs(one.value), 0);
     const share = all ? `, ${percent(Math.abs(patch.value) / all)} of all patches' effects` : "";
-    this.readout.textContent = `${patchName([+row, +column])}: ${signed(patch.value)}${share}`;
+    this.readout.textContent = `${patchName([row, column])}: ${signed(patch.value)}${share}`;
   }
 
   nodeAt(image, row, column) {

@@ -1,6 +1,6 @@
 // Pinned nodes, and groups of them under one name.
 
-import { clear, el } from "./dom.js";
+import { el, setChildren } from "./dom.js";
 import { nodeName, placeName } from "./names.js";
 
 export class ShelfView {
@@ -18,7 +18,9 @@ export class ShelfView {
     this.root = el("section", { class: "shelf", "aria-label": "pinned nodes and supernodes" }, el("h2", {}, "Pinned"), this.hint,
       this.pins, this.form, this.groups, this.status,
       download ? el("button", { type: "button", class: "download", onclick: () => save(state.marks.text()) }, "Download marks.json") : null);
+    this.kept = new Map(); // entries by what they stand for: a click may be on its way to them
     state.marks.onChange(() => this.update());
+    state.marks.onStatus = (status) => { this.status.textContent = status; };
     this.update();
   }
 
@@ -32,9 +34,13 @@ export class ShelfView {
     this.ticked = new Set([...this.ticked].filter((id) => marks.isPinned(id)));
     this.hint.hidden = pinned.length > 0;
     this.form.hidden = !pinned.length;
-    this.status.textContent = marks.status;
-    clear(this.pins, pinned.map((node) => this.pin(node)));
-    clear(this.groups, marks.value.supernodes.map((group) => this.supernode(group)));
+    const groups = marks.value.supernodes;
+    const wanted = new Map([...pinned.map((node) => [`pin ${node.id} ${nodeName(this.state, node)}`, () => this.pin(node)]),
+      ...groups.map((group, i) => [`group ${i} ${JSON.stringify(group.nodes)}`, () => this.supernode(i)])]);
+    this.kept = new Map([...wanted].map(([key, make]) => [key, this.kept.get(key) || make()]));
+    const entries = [...this.kept.values()];
+    setChildren(this.pins, entries.slice(0, pinned.length));
+    setChildren(this.groups, entries.slice(pinned.length));
     this.make.disabled = !this.ticked.size;
   }
 
@@ -52,15 +58,16 @@ export class ShelfView {
       onclick: () => state.marks.togglePin(node.id) }, "×"));
   }
 
-  supernode(group) {
+  supernode(i) {
     const { state } = this;
-    const nodes = this.nodes(group.nodes);
-    const name = el("input", { type: "text", class: "rename", maxlength: 2000, value: group.name, "aria-label": "name of the supernode",
-      onchange: () => state.marks.rename(group, name.value.trim() || group.name) });
+    const current = () => state.marks.value.supernodes[i];
+    const nodes = this.nodes(current().nodes);
+    const name = el("input", { type: "text", class: "rename", maxlength: 2000, value: current().name, "aria-label": "name of the supernode",
+      onchange: () => state.marks.rename(current(), name.value.trim() || current().name) });
     return el("li", {}, name, el("button", { type: "button", class: "go", disabled: !nodes.length,
-      onclick: () => state.choose(nodes.map((node) => node.index), group) }, `show ${nodes.length}`),
-    el("button", { type: "button", class: "drop", "aria-label": `ungroup ${group.name}`, onclick: () => {
-      state.marks.ungroup(group);
+      onclick: () => state.choose(nodes.map((node) => node.index), current()) }, `show ${nodes.length}`),
+    el("button", { type: "button", class: "drop", "aria-label": "ungroup", onclick: () => {
+      state.marks.ungroup(current());
       if (state.group) state.choose([]);
     } }, "×"));
   }
@@ -71,6 +78,7 @@ export class ShelfView {
     const number = this.state.marks.value.supernodes.length + 1;
     this.state.marks.group(this.name.value.trim() || `group ${number}`, [...this.ticked]);
     this.ticked.clear();
+    for (const box of this.pins.querySelectorAll("input")) box.checked = false;
     this.name.value = "";
     this.update();
   }

@@ -19,7 +19,7 @@ export class WordsView {
       sum + (model.tokenNode.has(p) ? effect[model.tokenNode.get(p).index] : 0), 0) }));
     const most = pieces.filter((piece) => piece.image < 0)
       .reduce((most, piece) => Math.max(most, Math.abs(piece.value)), 0);
-    clear(this.strip, pieces.map((piece) => this.chip(piece, most)));
+    clear(this.strip, pieces.flatMap((piece) => [this.chip(piece, most), " "]));
   }
 
   chip({ positions, image, text, value }, most) {
