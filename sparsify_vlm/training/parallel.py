@@ -52,6 +52,10 @@ _SPLIT: dict[Kind, dict[str, int]] = {
 a latent fired, is divided; the others are whole everywhere."""
 
 
+# Newer versions of torch have it under this name and warn of the older one.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 @dataclass(frozen=True)
 class Layout(Sharing):
     """This process's part of a coder, and what its row of the mesh does together."""
@@ -261,7 +265,7 @@ class Layout(Sharing):
             return part.expand(self.parts, *part.shape)
         whole = part.new_empty(self.parts * part.shape[0], *part.shape[1:])
         with self.world.losing_others():
-            dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group)
+            _all_gather(whole, part.contiguous(), group=self.group)
         return whole.view(self.parts, *part.shape)
 
 

@@ -68,6 +68,8 @@ def together(size: int, work: Callable[[World], None], output: Path) -> None:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["process_of_a_divided_run"])
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(size)}
+    if size > 2:  # more processes than most machines have cores for the loading of numba's code
+        common["SPARSIFY_VLM_KERNELS"] = "torch"
     processes = []
     for rank in map(str, range(size)):
         variables = {**common, "WORLD_SIZE": str(size), "RANK": rank, "LOCAL_RANK": rank}
@@ -123,40 +125,46 @@ def assert_like_one_process(size: int, runs: list[Run], singles: Path) -> None:
         assert_same(run.folder / run.name, singles / run.name, what)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_parts_train_like_the_whole(kind: str, singles: Path, tmp_path: Path) -> None:
-    names = [name for name in VARIANTS if kind == "feature" or name != "autoencoder"]
-    runs = [Run(tmp_path, name, 2, kind, VARIANTS[name]) for name in names]
+def test_two_parts_train_like_the_whole(singles: Path, tmp_path: Path) -> None:
+    runs = [
+        Run(tmp_path / kind, name, 2, kind, settings)
+        for kind in KINDS
+        for name, settings in VARIANTS.items()
+        if kind == "feature" or name != "autoencoder"
+    ]
     assert_like_one_process(2, runs, singles)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_four_processes_train_like_one(kind: str, singles: Path, tmp_path: Path) -> None:
+def test_four_processes_train_like_one(singles: Path, tmp_path: Path) -> None:
     """Two by two, and four parts.
 
     Batch top-k only where tokens are not shared out: it takes the largest of each process's.
     """
     names = {"topk, micro": 2, "relu, tanh": 2, "jumprelu, l0": 4, "per-layer, batchtopk": 4}
-    runs = [Run(tmp_path, name, tp, kind, VARIANTS[name]) for name, tp in names.items()]
+    runs = [
+        Run(tmp_path / kind, name, tp, kind, VARIANTS[name])
+        for kind in KINDS
+        for name, tp in names.items()
+    ]
     assert_like_one_process(4, runs, singles)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_state_goes_on_in_every_layout(kind: str, singles: Path, tmp_path: Path) -> None:
+def test_a_state_goes_on_in_every_layout(singles: Path, tmp_path: Path) -> None:
     """Saved by two processes with a coder together, taken up by one, by four, and by four parts."""
     settings = VARIANTS["skip and post-encoder"]
-    start = Run(tmp_path, "broken off", 2, kind, settings, breaks_off=True)
-    together(2, Runs([start]), tmp_path / "err.txt")
-    assert load_clt(tmp_path / start.name).cfg.training["step"] == BROKEN_OFF
-    runs = [
-        Run(tmp_path, name, tp, other, {**settings, "resume": True})
-        for name, tp, other in (("one", 1, "auto"), ("four", 1, "auto"), ("parts", 4, KINDS[0]))
-    ]
-    for run in runs:
-        shutil.copytree(tmp_path / start.name, tmp_path / run.name)
-    runs[0].fit(World())
-    together(4, Runs(runs[1:] if kind == "column" else runs[1:2]), tmp_path / "err.txt")
-    for run in runs if kind == "column" else runs[:2]:
+    starts = [Run(tmp_path, kind, 2, kind, settings, breaks_off=True) for kind in KINDS]
+    together(2, Runs(starts), tmp_path / "err.txt")
+    after: dict[int, list[Run]] = {1: [], 4: []}
+    for start, other in zip(starts, reversed(KINDS), strict=True):
+        assert load_clt(tmp_path / start.name).cfg.training["step"] == BROKEN_OFF
+        for size, tp in ((1, 1), (4, 1), (4, 4)):
+            name = f"{start.name}, then {tp} of {size}"
+            shutil.copytree(tmp_path / start.name, tmp_path / name)
+            after[size].append(Run(tmp_path, name, tp, other, {**settings, "resume": True}))
+    for run in after[1]:
+        run.fit(World())
+    together(4, Runs(after[4]), tmp_path / "err.txt")
+    for run in after[1] + after[4]:
         assert_same(tmp_path / run.name, singles / "skip and post-encoder", run.name)
 
 
