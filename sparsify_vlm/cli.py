@@ -74,6 +74,28 @@ def _import_activations() -> tuple[dict[str, type], Callable[..., object]]:
     return {"cfg": ImportActivationsConfig}, import_activations
 
 
+def _trace() -> tuple[dict[str, type], Callable[..., object]]:
+    from sparsify_vlm.graphs.config import TraceConfig
+
+    def trace(cfg: TraceConfig) -> None:
+        from sparsify_vlm.graphs.tracing import trace
+
+        trace(cfg)
+
+    return {"cfg": TraceConfig}, trace
+
+
+def _verify() -> tuple[dict[str, type], Callable[..., object]]:
+    from sparsify_vlm.graphs.config import VerifyConfig
+
+    def verify(cfg: VerifyConfig) -> None:
+        from sparsify_vlm.graphs.verify import verify
+
+        verify(cfg)
+
+    return {"cfg": VerifyConfig}, verify
+
+
 def _demo() -> tuple[dict[str, type], Callable[..., object]]:
     from sparsify_vlm.demo import DemoConfig, run_demo
 
@@ -104,6 +126,16 @@ COMMANDS: dict[str, Command] = {
         "measure a trained coder and the model with its MLPs replaced",
         ("clt", "dataset"),
         _evaluate,
+    ),
+    "trace": Command(
+        "trace one answer back to image patches and words, through a coder's features",
+        ("clt",),
+        _trace,
+    ),
+    "verify": Command(
+        "check a traced graph by intervening on the model",
+        ("graph",),
+        _verify,
     ),
     "estimate": Command(
         "memory and time a training run would take, before anything is loaded",

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from sparsify_vlm.graphs.influence import Pruned, Scores
     from sparsify_vlm.graphs.targets import Difference, Feature
 
-# Imported when first used: reading a configuration must not import torch.
+# Imported when first used: reading the commands' configuration must not import torch.
 _HOMES = {
     "AttributionGraph": "graph",
     "Difference": "targets",

@@ -14,6 +14,7 @@ Features that are not nodes (`max_feature_nodes`) carry nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,32 @@ def total_effects(graph: AttributionGraph) -> Tensor:
         total.index_add_(1, source[here], total[:, target[here]] * share[here])
     total[:, graph.target_nodes] += torch.eye(len(total), dtype=torch.float64)
     return total
+
+
+def changes_without(graph: AttributionGraph, sets: Sequence[Tensor]) -> Tensor:
+    """[len(sets), N] float64: how nodes change when the features of a set (node numbers) are set
+    to 0 and the change goes on through the others, D[t] = Σ_s A[t, s] D[s] / a_s.
+
+    Units are those of the nodes: pre-activations, targets; errors and tokens do not change.
+    """
+    edges, n = graph.edges, graph.n_features
+    activation = graph.activation_values[graph.selected_features].double()
+    inside = (edges.source < n) & ((edges.target < n) | (edges.target >= graph.target_nodes.start))
+    target, source = edges.target[inside], edges.source[inside]
+    per_unit = edges.weight[inside].double() / activation[source]
+    starts = torch.searchsorted(target, _layer_starts(graph)).tolist()
+
+    held = torch.zeros(len(sets), graph.n_nodes, dtype=torch.bool)
+    change = torch.zeros(len(sets), graph.n_nodes, dtype=torch.float64)
+    for i, features in enumerate(sets):
+        held[i, features] = True
+        change[i, features] = -activation[features]
+    for first, last in zip(starts, [*starts[1:], len(target)], strict=True):
+        here = slice(first, last)
+        passed = change[:, source[here]] * per_unit[here]
+        passed = passed.masked_fill(held[:, target[here]], 0)
+        change.index_add_(1, target[here], passed)
+    return change
 
 
 def _layer_starts(graph: AttributionGraph) -> Tensor:

@@ -87,14 +87,14 @@ def export_graph(
 ) -> Path:
     """Write the graph, pruned, into `folder`; returns the path of `<slug>.json`.
 
-    `scan` is the model's name at Neuronpedia (default: the last part of the model's own). Raises
-    `UserError` for a slug that cannot be a file's name, and where pictures and images differ in
-    number.
+    `scan` is the model's name at Neuronpedia (default: the last part of the model's own). Pictures
+    of a model whose image tokens have no known places get grids without rows. Raises `UserError`
+    for a slug that cannot be a file's name, and where pictures and images differ in number.
     """
     folder, story = Path(folder), story or Story()
     check_slug(slug)
     n_images = int(graph.images.max()) + 1
-    if story.pictures and len(story.pictures) != n_images:
+    if story.pictures and n_images and len(story.pictures) != n_images:
         raise UserError(f"{len(story.pictures)} pictures for a prompt with {n_images} images")
     kept = graph.prune(node_threshold, edge_threshold)
     ids = node_ids(graph)
@@ -200,7 +200,8 @@ def _metadata(
 def _vlm(graph: AttributionGraph, story: Story, ids: list[str]) -> dict[str, Any]:
     scores = graph.scores()
     effects = total_effects(graph)[:, graph.token_nodes]
-    grids = [patch_grid(graph, i) for i in range(int(graph.images.max()) + 1)]
+    n_images = max(int(graph.images.max()) + 1, len(story.pictures))
+    grids = [patch_grid(graph, i) for i in range(n_images)]
     return {
         "format": FORMAT,
         "version": VERSION,

@@ -157,9 +157,13 @@ def test_labels_and_examples_go_along(tmp_path):
     assert json.loads((tmp_path / "examples.json").read_text())["features"] == {name: [1, 2]}
 
 
-def test_pictures_must_be_as_many_as_images(tmp_path):
-    with pytest.raises(UserError, match="1 pictures for a prompt with 0 images"):
-        export_graph(graph("llama_relu"), tmp_path, "t", Story(pictures=[Image.new("RGB", (4, 4))]))
+def test_a_picture_without_known_places_is_shown_all_the_same(tmp_path):
+    story = Story(pictures=[Image.new("RGB", (4, 4))])
+    path = export_graph(graph("llama_relu"), tmp_path, "t", story)
+    vlm = json.loads(path.read_text())["metadata"]["vlm"]
+    assert vlm["images"] == [{"file": "image-0.png", "rows": 0, "columns": 0}]
+    assert {tuple(one["values"]) for one in vlm["patch_effects"]} == {()}
+    assert Image.open(tmp_path / "image-0.png").size == (4, 4)
 
 
 @pytest.mark.parametrize(

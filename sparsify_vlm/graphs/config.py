@@ -1,0 +1,154 @@
+"""What `trace` and `verify` can be told."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from sparsify_vlm.errors import UserError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+def in_bytes(flag: str, text: str) -> int:
+    """`8GiB`, `512 MB` or a number of bytes. Raises `UserError` for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].lower() not in _UNITS or float(found[1]) == 0:
+        raise UserError(f"{flag} '{text}': give a size such as 8GiB or 512MiB")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+@dataclass(kw_only=True)
+class ReplacedConfig:
+    """The model, and where it runs."""
+
+    model: str | None = None
+    """Model. Default: the one the coder was trained on."""
+
+    device: str | None = None
+    """Where the model and the coder run. Default: cuda if there, else cpu."""
+
+    dtype: str | None = None
+    """Type of the model's numbers. Default: float32 on a CPU, bfloat16 elsewhere."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the model on the Hub."""
+
+    hf_token: str | None = field(default=None, repr=False)
+    """Access token for gated or private models."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+    load_in_8bit: bool = False
+    """Load the model in 8 bits (needs bitsandbytes)."""
+
+    load_in_4bit: bool = False
+    """Load the model in 4 bits (needs bitsandbytes)."""
+
+
+@dataclass(kw_only=True)
+class TraceConfig(ReplacedConfig):
+    """What is traced, and where the graph goes."""
+
+    clt: str
+    """Coder: a folder or a Hub id, in any readable format."""
+
+    prompt: str | None = None
+    """What is asked. A user's turn in the model's chat template, or see `--raw`."""
+
+    image: list[str] = field(default_factory=list)
+    """Pictures shown before the prompt: files or URLs."""
+
+    scene: int | None = None
+    """Trace this held-out scene of the embedded shapes (0, 1, …), with its question where there is
+    no `--prompt`."""
+
+    raw: bool = False
+    """Take the prompt as it is, image tokens included, without a chat template. Text models without
+    a template always do."""
+
+    output_dir: str | None = None
+    """Folder of the graph. Default: graphs/SLUG."""
+
+    slug: str | None = None
+    """Name of the graph: SLUG.json. Default: words of prompt and answer."""
+
+    scan: str | None = None
+    """The model's name at Neuronpedia. Default: the last part of the model's own."""
+
+    max_n_logits: int = 10
+    """Explain at most this many of the likeliest next tokens."""
+
+    desired_logit_prob: float = 0.95
+    """Explain as few of them as reach this probability together."""
+
+    max_feature_nodes: int = 3000
+    """Features that become nodes, the most influential first; 0: all that are active."""
+
+    target_tokens: list[str] = field(default_factory=list)
+    """Explain these tokens instead, each text that is one token of the model."""
+
+    difference: list[str] = field(default_factory=list)
+    """Explain the logit of the first of two tokens minus that of the second."""
+
+    memory: str = "4GiB"
+    """Memory for rows and gradients, beside model and coder."""
+
+    node_threshold: float = 0.8
+    """Share of the influence that the nodes of SLUG.json hold; graph.safetensors has them all."""
+
+    edge_threshold: float = 0.98
+    """Share of the influence that its edges hold."""
+
+    labels: str | None = None
+    """JSON file of texts by feature (`{"LAYER_INDEX": "text"}`), carried along."""
+
+    examples: str | None = None
+    """File examples.json of another graph folder, carried along with its pictures."""
+
+    def __post_init__(self) -> None:
+        if self.difference and len(self.difference) != 2:
+            raise UserError(f"--difference takes two tokens, not {len(self.difference)}")
+        for name in ("desired_logit_prob", "node_threshold", "edge_threshold"):
+            if not 0 < (value := getattr(self, name)) <= 1:
+                raise UserError(f"--{name} {value}: must be above 0 and at most 1")
+        for name, least in (("max_n_logits", 1), ("max_feature_nodes", 0)):
+            if (value := getattr(self, name)) < least:
+                raise UserError(f"--{name} {value}: must be at least {least}")
+        if self.scene is not None and (self.scene < 0 or self.image):
+            raise UserError("--scene takes a number from 0, and no --image beside it")
+        if self.scene is None and not self.prompt:
+            raise UserError("--prompt is missing: what is the model asked?")
+        in_bytes("--memory", self.memory)
+
+
+@dataclass(kw_only=True)
+class VerifyConfig(ReplacedConfig):
+    """Which graph, and how much of it is checked."""
+
+    graph: str
+    """Folder of a graph, as `trace` writes it."""
+
+    clt: str | None = None
+    """Coder. Default: the one the graph was made with."""
+
+    samples: int = 50
+    """Features set to 0, one after another: half of them the most influential, half random."""
+
+    top: list[int] = field(default_factory=lambda: [1, 5, 10, 20])
+    """How many features are set to 0 together, the strongest against random ones."""
+
+    draws: int = 10
+    """Random draws beside each of these."""
+
+    seed: int = 0
+    """Seed of all that is random."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "draws"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if not self.top or min(self.top) < 1:
+            raise UserError("--top takes numbers from 1")
