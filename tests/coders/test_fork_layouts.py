@@ -288,7 +288,7 @@ def saved_keys(tmp_path: Path, **options: Any) -> tuple[set[str], dict[str, Any]
             {"W_dec", "b_dec", "post_enc", "threshold"},
         ),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_keys_are_the_fork_s(options, keys, tmp_path):
     found, cfg = saved_keys(tmp_path, **options)

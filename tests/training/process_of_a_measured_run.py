@@ -1,4 +1,4 @@
-"""Run alone by test_memory.py: trains, and prints how much memory that took.
+"""Run alone by test_peak_memory.py: trains, and prints how much memory that took.
 
 usage: process_of_a_measured_run.py SETTINGS.json, with "train" (arguments of TrainConfig), "coder"
 (of CoderConfig) and, for a live run, "model" and "data" (of DataConfig).
