@@ -87,11 +87,12 @@ class Page:
         return self.driver.find_element("css selector", selector)
 
     def text(self, selector: str) -> str:
-        return self.js("return document.querySelector(arguments[0]).innerText", selector)
+        found = self.js("return document.querySelector(arguments[0]).innerText", selector)
+        return found.replace("\xa0", " ")
 
     def texts(self, selector: str) -> list[str]:
         every = "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText)"
-        return self.js(every, selector)
+        return [text.replace("\xa0", " ") for text in self.js(every, selector)]
 
     def node(self, id: str) -> Any:
         """The node's element, found by what its number stands for in the data."""
@@ -174,10 +175,12 @@ def test_a_newcomer_sees_which_patches_made_it_say_red(page: Page) -> None:
     assert page.text("h1") == "What color is the circle? red"
     assert page.driver.title == "What color is the circle? red"
     assert page.text(".picture h2") == "Which patches made it say “red”?"
-    assert "3 patches of 64" in page.text(".summary")
+    assert page.text(".summary").startswith("Outlined: 4 patches of 64, with 8")
     given = build()["metadata"]["vlm"]["patch_effects"][0]["values"]
     assert np.allclose(page.heat(), given)
-    assert len(page.find(".carrier")) == 3
+    strong = page.find(".patch[data-strong]")
+    places = [(e.get_attribute("data-row"), e.get_attribute("data-column")) for e in strong]
+    assert [(int(row), int(column)) for row, column in places] == CIRCLE
     assert page.texts(".strongest button")[0].split("\n") == ["row 4, column 7", "+1.60"]
     opacity = page.js(
         "return [...document.querySelectorAll('.patch')].map(e => +e.getAttribute('fill-opacity'))"

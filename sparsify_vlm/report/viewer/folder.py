@@ -169,8 +169,8 @@ def _page(graph: Any) -> tuple[dict[str, Any], list[str]]:
         "question": str(vlm.get("question") or ""),
         "answer": str(vlm.get("answer") or ""),
         "prompt": str(metadata.get("prompt") or ""),
-        "model": str(vlm.get("model") or metadata.get("scan") or ""),
-        "coder": str(vlm.get("clt") or ""),
+        "model": _short(str(vlm.get("model") or metadata.get("scan") or "")),
+        "coder": _short(str(vlm.get("clt") or "")),
         "scores": {k: v for k, v in vlm.get("scores", {}).items() if _is_number(v)},
         "images": images,
         "tokens": tokens,
@@ -180,6 +180,11 @@ def _page(graph: Any) -> tuple[dict[str, Any], list[str]]:
         "patch_effects": list(_patch_effects(vlm, numbers, images)),
     }
     return page, [image["file"] for image in images if image["file"]]
+
+
+def _short(name: str) -> str:
+    """A Hub id as it is, of a folder only its own name: pages are given to others."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _images(vlm: dict[str, Any]) -> list[dict[str, Any]]:

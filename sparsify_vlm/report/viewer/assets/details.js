@@ -21,7 +21,7 @@ export class DetailsView {
     if (!changed) return;
     const { state } = this;
     if (state.group) this.showGroup(state.group);
-    else this.showNode(state.model.nodes[state.subject[0]], state.chosen.length > 0);
+    else this.showNode(state.model.nodes[(state.chosen.length ? state.chosen : state.subject)[0]], state.chosen.length > 0);
     this.root.scrollTop = 0;
   }
 
@@ -120,7 +120,7 @@ function facts(node) {
   const found = [];
   if (node.kind === "logit") found.push(["probability", percent(node.probability)]);
   if (node.activation !== null) found.push(["activation", node.activation.toFixed(3)]);
-  if (node.influence !== null) found.push(["kept from", percent(node.influence)]);
+  if (node.influence !== null) found.push(["influence", `top ${percent(node.influence)}`]);
   if (node.kind === "feature") found.push(["feature", `${node.layer} / ${node.feature}`]);
   return el("dl", {}, found.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
 }

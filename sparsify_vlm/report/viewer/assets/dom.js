@@ -44,7 +44,8 @@ export function signed(value) {
 }
 
 export function percent(share) {
-  return `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
+  if (share > 0.995 && share < 1) return ">\u00a099\u00a0%"; // with spaces that do not break
+  return `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)}\u00a0%`;
 }
 
 export function count(number, one, many = `${one}s`) {

@@ -5,6 +5,8 @@ import { layout } from "./layout.js";
 import { drawGround, drawLinks, strongest } from "./links.js";
 import { answerText, nodeName, placeName, spokenName } from "./names.js";
 
+const MOST_PIXELS = 2e7; // of the canvas: browsers refuse much larger ones
+
 export class GraphView {
   constructor(state, sources) {
     this.state = state;
@@ -41,6 +43,7 @@ export class GraphView {
     // Not on the svg itself: a browser would take it for something that wants the focus.
     this.board.addEventListener("focusin", (event) => this.point(at(event)));
     this.board.addEventListener("focusout", () => this.point(null));
+    this.scroll.addEventListener("scroll", () => this.stickNames());
     this.nodes.addEventListener("keydown", (event) => this.key(event));
   }
 
@@ -52,8 +55,8 @@ export class GraphView {
     const shown = state.shown;
     this.shown = state.shownSet;
     if (!this.shown.has(state.focus)) state.focus = model.answerNode.index;
-    this.place = layout(model, shown, width, this.scroll.clientHeight - 30);
-    this.links = strongest(model, state.effects.flow, state.chosen, this.shown);
+    this.place = layout(model, shown, width, this.scroll.clientHeight - this.header.offsetHeight - 2);
+    this.links = strongest(model, state.looksUp ? null : state.effects.flow, state.chosen, this.shown);
     this.drawNodes(shown);
     this.drawHeader();
     this.paint();
@@ -72,7 +75,9 @@ export class GraphView {
       class: "layer", x: 6, y: row.middle + 4 }, row.layer === top ? "answer" : row.layer < 0 ? "input" : `layer ${row.layer}`));
     // In the order of reading, so that assistive technology meets them so.
     const ordered = [...this.elements.values()].sort((a, b) => a.place.y - b.place.y || a.place.x - b.place.x);
-    setChildren(this.nodes, [svg("rect", { class: "ground", width: place.width, height: place.height }), ...names,
+    this.names = svg("g", {}, names);
+    this.stickNames();
+    setChildren(this.nodes, [svg("rect", { class: "ground", width: place.width, height: place.height }), this.names,
       ...ordered.map((one) => one.element)]);
     if (hadFocus) this.elements.get(state.focus)?.element.focus({ preventScroll: true });
   }
@@ -105,16 +110,22 @@ export class GraphView {
       transform: `translate(${place.x} ${place.y})` };
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
     element.querySelector(".label")?.remove();
-    const text = state.marks.label(node.id) || group?.name;
+    const text = state.marks.label(node.id) || (group?.nodes[0] === node.id ? group.name : "");
     if (text) element.append(svg("text", { class: "label", x: place.r + 4, y: 4 }, text.slice(0, 24)));
     return { element, place };
+  }
+
+  // The layers' names stay at the edge when the graph is wider than its place.
+  stickNames() {
+    this.names?.setAttribute("transform", `translate(${this.scroll.scrollLeft} 0)`);
   }
 
   drawHeader() {
     const { lanes, width } = this.place;
     this.header.style.width = `${width}px`;
     clear(this.header, el("span", { class: "corner" }, "token"), lanes.map((lane) => {
-      const name = lane.image >= 0 ? `picture ${this.state.model.images.length > 1 ? lane.image + 1 : ""}` : visible(lane.token.text);
+      const which = this.state.model.images.length > 1 ? ` ${lane.token.image + 1}` : "";
+      const name = lane.image >= 0 ? `picture${which}` : visible(lane.token.text);
       const label = el("span", { class: turned(lane) ? "turned" : "", title: name }, name);
       label.style.left = `${lane.x}px`;
       label.style.width = `${lane.image >= 0 ? lane.cell * lane.columns : lane.width}px`;
@@ -127,7 +138,7 @@ export class GraphView {
   paint() {
     if (!this.place) return;
     const { width, height } = this.place;
-    const ratio = Math.min(2, window.devicePixelRatio || 1);
+    const ratio = Math.min(2, window.devicePixelRatio || 1, Math.sqrt(MOST_PIXELS / (width * height)));
     Object.assign(this.canvas, { width: Math.ceil(width * ratio), height: Math.ceil(height * ratio) });
     Object.assign(this.canvas.style, { width: `${width}px`, height: `${height}px` });
     Object.assign(this.board.style, { width: `${width}px`, height: `${height}px` });
@@ -190,13 +201,13 @@ export class GraphView {
 
 // Whether a word does not fit across its column.
 function turned(lane) {
-  return lane.image < 0 && lane.width < 7.5 * visible(lane.token.text).length + 4;
+  return lane.image < 0 && lane.width < 6.8 * visible(lane.token.text).length + 4;
 }
 
 function shape(node, { r, wide }) {
   if (node.kind === "logit") {
-    const text = `“${visible(answerText(node)).slice(0, Math.max(3, Math.floor((wide - 54) / 8)))}”`;
-    const half = Math.min(wide, 8 * text.length + 58) / 2;
+    const text = `“${visible(answerText(node)).slice(0, Math.max(3, Math.floor((wide - 66) / 8)))}”`;
+    const half = Math.min(wide, 8 * text.length + 70) / 2;
     return [svg("rect", { x: -half, y: -13, width: 2 * half, height: 26, rx: 13 }),
       svg("text", { "text-anchor": "middle", y: 4.5 }, `${text} ${percent(node.probability)}`)];
   }

@@ -1,27 +1,38 @@
 // Where nodes stand: a row for each layer, the answer on top; a column for each word, and for each
 // picture a lane with a small patch grid in every row.
 
+import { visible } from "./dom.js";
+
 const GUTTER = 58;
 const GAP = 14;
 const DOT = 13; // room of one node at a word
-const WORD = 24; // least width of a column
+const WORD = 20; // least width of a column
 
 export function layout(model, shown, width, height) {
   const lanes = findLanes(model, shown);
   const cells = group(shown.filter((node) => node.kind !== "logit"), (node) => `${node.layer}:${place(node)}`);
-  sizeLanes(model, lanes, cells, width, roomForGrid(shown, height));
-  const rows = placeRows(model, lanes, cells, shown);
-  const total = lanes.length ? lanes[lanes.length - 1].x + lanes[lanes.length - 1].width : GUTTER;
+  sizePictures(model, lanes, cells);
+  sizeWords(lanes, cells, width);
+  const heights = rowHeights(model, lanes, cells, shown, height);
+  const rows = placeRows(model, heights);
+  const total = lanes.reduce((sum, lane) => sum + lane.width, GUTTER);
   const at = new Map();
   for (const nodes of cells.values()) placeCell(nodes, lanes, rows, at);
   const used = Math.max(width, total + GAP);
   placeAnswers(model.logits, rows.get(model.topLayer + 1), used, at);
-  return { lanes, rows, at, width: used, height: [...rows.values()][0].bottom };
+  return { lanes, rows, at, width: used, height: rows.get(-1).bottom };
 }
 
-// Patches by image and place, everything else by position.
-function place({ token, position }) {
-  return token.patch ? `image ${token.image} ${token.patch.join(" ")}` : `word ${position}`;
+// Patches by image and place, everything else by lane.
+function place(node) {
+  const { token } = node;
+  return token.patch ? `${laneKey(node)} ${token.patch.join(" ")}` : laneKey(node);
+}
+
+// What shares a lane: the patches of an image; its other tokens (ends of lines); one word.
+function laneKey({ token, position }) {
+  if (token.patch) return `picture ${token.image}`;
+  return token.role === "image" ? `rest of ${token.image}` : `word ${position}`;
 }
 
 function group(items, key) {
@@ -40,86 +51,118 @@ function findLanes(model, shown) {
   const lanes = [];
   for (const position of positions.sort((a, b) => a - b)) {
     const token = model.tokens[position];
-    if (!token.patch) lanes.push({ image: -1, positions: [position], token });
-    else if (!lanes.some((lane) => lane.image === token.image)) {
-      lanes.push({ image: token.image, positions: [], token });
-    }
+    const key = laneKey({ token, position });
+    if (!lanes.some((lane) => lane.key === key)) lanes.push({ key, image: token.patch ? token.image : -1, token });
   }
   return lanes;
 }
 
-// Height of a patch grid with which all rows fit, if that leaves it readable.
-function roomForGrid(shown, height) {
-  const rows = new Set(shown.filter((node) => node.token.patch && node.kind !== "logit").map((node) => node.layer));
-  return Math.min(120, Math.max(76, (height - 52) / Math.max(1, rows.size) - 12));
-}
-
-function sizeLanes(model, lanes, cells, width, room) {
-  const perPatch = new Map(); // most nodes that share a patch, by image
-  for (const [first] of cells.values()) {
-    const { token } = first;
-    if (token.patch) {
-      const n = cells.get(`${first.layer}:${place(first)}`).length;
-      perPatch.set(token.image, Math.max(perPatch.get(token.image) || 1, n));
-    }
-  }
-  const words = lanes.filter((lane) => lane.image < 0);
-  for (const lane of lanes) {
-    if (lane.image < 0) continue;
+// Nodes that share the fullest patch decide how fine its cells are divided.
+function sizePictures(model, lanes, cells) {
+  for (const lane of lanes.filter((one) => one.image >= 0)) {
+    const most = fullest(cells, lane);
     const { rows, columns } = model.images[lane.image];
-    lane.across = Math.ceil(Math.sqrt(perPatch.get(lane.image) || 1));
-    lane.cell = Math.floor(Math.min(18, Math.max(5, room / Math.max(rows, columns), lane.across * 6)));
-    Object.assign(lane, { rows, columns, width: lane.cell * columns + GAP, height: lane.cell * rows });
-  }
-  const pictures = lanes.reduce((sum, lane) => sum + (lane.width || 0), 0);
-  const each = Math.min(110, Math.max(WORD, (width - GUTTER - GAP - pictures) / Math.max(1, words.length)));
-  let x = GUTTER;
-  for (const lane of lanes) {
-    if (lane.image < 0) lane.width = each;
-    lane.x = x;
-    x += lane.width;
+    Object.assign(lane, { rows, columns, across: Math.ceil(Math.sqrt(most)) });
+    setCell(lane, 120);
   }
 }
 
-function placeRows(model, lanes, cells, shown) {
-  const heights = new Map([[-1, 30], [model.topLayer + 1, 46]]);
-  for (const node of shown) {
-    if (node.kind !== "logit") heights.set(node.layer, Math.max(30, heights.get(node.layer) || 0));
+function setCell(lane, room) {
+  const most = Math.max(lane.rows, lane.columns);
+  lane.cell = Math.floor(Math.min(18, Math.max(5, room / most, Math.min(lane.across * 6, 170 / most))));
+  lane.width = lane.cell * lane.columns + GAP;
+  lane.height = lane.cell * lane.rows;
+}
+
+function fullest(cells, { key }) {
+  return [...cells.values()].reduce((most, nodes) => (laneKey(nodes[0]) === key ? Math.max(most, nodes.length) : most), 1);
+}
+
+// Columns first as wide as their fullest cell asks for, then as their word, within the width there is.
+function sizeWords(lanes, cells, width) {
+  const words = lanes.filter((lane) => lane.image < 0);
+  let room = width - GUTTER - GAP;
+  for (const lane of lanes) {
+    if (lane.image < 0) lane.width = WORD;
+    room -= lane.width;
   }
-  const withPicture = new Set(shown.filter((node) => node.token.patch).map((node) => node.layer));
-  const tallest = Math.max(0, ...lanes.filter((lane) => lane.image >= 0).map((lane) => lane.height));
-  for (const layer of withPicture) heights.set(layer, Math.max(heights.get(layer), tallest + 12));
-  const wordWidth = lanes.find((lane) => lane.image < 0)?.width || WORD;
-  const perLine = Math.max(1, Math.floor(wordWidth / DOT));
+  const forNodes = (lane) => Math.min(10, fullest(cells, lane)) * DOT + 10;
+  const forText = ({ token }) => Math.min(90, 7 * visible(token.text).length + 8);
+  for (const wish of [forNodes, forText, ({ width }) => width + 40]) {
+    const more = words.map((lane) => Math.max(0, wish(lane) - lane.width));
+    const all = more.reduce((sum, one) => sum + one, 0);
+    const share = all ? Math.min(1, Math.max(0, room) / all) : 0;
+    words.forEach((lane, i) => { lane.width += share * more[i]; });
+    room -= share * all;
+  }
+  setPlaces(lanes);
+}
+
+function setPlaces(lanes) {
+  lanes.reduce((x, lane) => {
+    lane.x = x;
+    lane.perLine = Math.max(1, Math.floor((lane.width - 4) / DOT));
+    return x + lane.width;
+  }, GUTTER);
+}
+
+function laneOf(lanes, node) {
+  return lanes.find((lane) => lane.key === laneKey(node));
+}
+
+// Height of each layer's row; patch grids shrink, while they stay readable, until all rows fit.
+function rowHeights(model, lanes, cells, shown, height) {
+  const heights = new Map([[-1, 30], [model.topLayer + 1, 46]]);
   for (const nodes of cells.values()) {
     const [{ layer, token }] = nodes;
-    if (!token.patch) heights.set(layer, Math.max(heights.get(layer), Math.ceil(nodes.length / perLine) * DOT + 12));
+    const tall = token.patch ? 0 : Math.ceil(nodes.length / laneOf(lanes, nodes[0]).perLine) * DOT + 12;
+    heights.set(layer, Math.max(30, heights.get(layer) || 0, tall));
   }
+  const layers = new Set(shown.filter((node) => node.token.patch && node.kind !== "logit").map((node) => node.layer));
+  if (!layers.size) return stretched(heights, layers, height);
+  const others = [...heights].reduce((sum, [layer, tall]) => sum + (layers.has(layer) ? 0 : tall), 0);
+  const pictures = lanes.filter((lane) => lane.image >= 0);
+  for (const lane of pictures) setCell(lane, Math.min(120, Math.max(76, (height - others) / layers.size - 12)));
+  setPlaces(lanes);
+  const tallest = Math.max(...pictures.map((lane) => lane.height));
+  for (const layer of layers) heights.set(layer, Math.max(heights.get(layer), tallest + 12));
+  return stretched(heights, layers, height);
+}
+
+// What is left of the height, given to the rows without pictures, up to a comfortable one.
+function stretched(heights, pictures, height) {
+  const spare = height - [...heights.values()].reduce((sum, tall) => sum + tall, 0);
+  const rows = [...heights.keys()].filter((layer) => !pictures.has(layer));
+  for (const layer of rows) heights.set(layer, heights.get(layer) + Math.min(40, Math.max(0, spare / rows.length)));
+  return heights;
+}
+
+function placeRows(model, heights) {
   const rows = new Map();
   let y = 0;
   for (let layer = model.topLayer + 1; layer >= -1; layer -= 1) {
     const height = heights.get(layer) || 12; // a layer without nodes is a thin line
-    rows.set(layer, { layer, top: y, bottom: y + height, middle: y + height / 2, empty: !heights.has(layer), perLine });
+    rows.set(layer, { layer, top: y, bottom: y + height, middle: y + height / 2, empty: !heights.has(layer) });
     y += height;
   }
-  return new Map([...rows].reverse());
+  return rows;
 }
 
 function placeCell(nodes, lanes, rows, at) {
-  const [{ layer, token, position }] = nodes;
+  const [{ layer, token }] = nodes;
   const row = rows.get(layer);
+  const lane = laneOf(lanes, nodes[0]);
   if (!token.patch) {
-    const lane = lanes.find((one) => one.image < 0 && one.positions[0] === position);
-    const lines = Math.ceil(nodes.length / row.perLine);
+    const { perLine } = lane;
+    const lines = Math.ceil(nodes.length / perLine);
     nodes.forEach((node, i) => {
-      const line = Math.floor(i / row.perLine);
-      const inLine = Math.min(row.perLine, nodes.length - line * row.perLine);
+      const line = Math.floor(i / perLine);
+      const inLine = Math.min(perLine, nodes.length - line * perLine);
       at.set(node.index, { r: 5, y: row.middle + (line - (lines - 1) / 2) * DOT,
-        x: lane.x + lane.width / 2 + ((i % row.perLine) - (inLine - 1) / 2) * DOT });
+        x: lane.x + lane.width / 2 + ((i % perLine) - (inLine - 1) / 2) * DOT });
     });
     return;
   }
-  const lane = lanes.find((one) => one.image === token.image);
   const across = Math.ceil(Math.sqrt(nodes.length));
   const step = lane.cell / across;
   const [left, top] = [lane.x + token.patch[1] * lane.cell, row.middle - lane.height / 2 + token.patch[0] * lane.cell];

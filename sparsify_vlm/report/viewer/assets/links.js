@@ -2,13 +2,13 @@
 
 import { scheme } from "./colours.js";
 
-const MOST_LINKS = 160;
-const LEAST = 0.01; // of the strongest: thinner ones only make a fog
+const MOST_LINKS = 120;
+const LEAST = 0.02; // of the strongest: thinner ones only make a fog
 
-// The links to draw: how much of the subject's effect runs through each, and its own outputs.
+// The links to draw: how much of the subject's effect runs through each, and outputs of the chosen.
 export function strongest(model, flow, chosen, shown) {
   const links = [];
-  for (let link = 0; link < flow.length; link += 1) {
+  for (let link = 0; flow && link < flow.length; link += 1) {
     if (flow[link] !== 0 && shown.has(model.source[link]) && shown.has(model.target[link])) links.push(link);
   }
   const top = keep(links, flow).map((link) => ({ link, value: flow[link] }));

@@ -32,7 +32,7 @@ function title(state) {
   const question = model.question || model.prompt || model.slug;
   document.title = `${question} ${visible(answer)}`;
   const thumb = model.images.filter((image) => image.file).map((image) => el("img", { class: "thumb", src: model.pictures[image.file], alt: "the picture asked about" }));
-  const sure = model.answerNode.kind === "logit" ? el("span", { class: "sure" }, ` ${percent(model.answerNode.probability)} sure`) : null;
+  const sure = model.answerNode.kind === "logit" ? el("span", { class: "sure" }, `probability ${percent(model.answerNode.probability)}`) : null;
   const made = [model.model, model.coder].filter(Boolean).join(" · ");
   return el("header", {}, thumb, el("div", {}, el("h1", {}, el("span", { class: "question" }, question), " ",
     el("span", { class: "answer" }, visible(answer))), el("p", { class: "made" }, sure, made ? ` · ${made}` : "")), scores(model.scores));
@@ -65,7 +65,7 @@ function controls(state) {
     el("button", { type: "button", "data-direct": String(direct), onclick: () => state.set({ direct }) }, text));
   const update = () => {
     share.textContent = `${Math.min(slider.value, 100)} % of influence`;
-    shown.textContent = `${state.shown.length} of ${count(model.nodes.length, "node")}`;
+    shown.textContent = `${state.shown.length.toLocaleString("en")} of ${count(model.nodes.length, "node")}`;
     for (const button of paths) button.setAttribute("aria-pressed", String((button.dataset.direct === "true") === state.direct));
   };
   state.onChange(update);
@@ -78,8 +78,8 @@ function controls(state) {
 
 function legend() {
   const item = (kind, text) => el("span", {}, el("i", { class: `mark ${kind}`, "aria-hidden": "true" }), text);
-  return el("p", { class: "key" }, item("feature", "feature"), item("token", "input"), item("error", "error (not explained)"),
-    item("line for", "pushes up"), item("line against", "pushes down"), el("span", {}, "width: how much runs through it"));
+  return el("p", { class: "key" }, item("feature", "feature"), item("token", "input"), item("error", "error (unexplained)"),
+    item("line for", "pushes up"), item("line against", "pushes down"), el("span", {}, "width: strength"));
 }
 
 function keys(event, state, views) {

@@ -69,17 +69,21 @@ export class PictureView {
     const patches = maps.flatMap(({ values }, image) => values.flatMap((line, row) =>
       line.map((value, column) => ({ image, row, column, value }))));
     const most = patches.reduce((most, patch) => Math.max(most, Math.abs(patch.value)), 0);
-    const carriers = halfOf(patches.filter((patch) => patch.value > 0));
+    const carriers = strong(patches, most);
     this.patches = patches;
     this.figures.forEach((figure, i) => {
       draw(figure, maps[i].values, most, carriers.filter((patch) => patch.image === i));
     });
+    const chosen = this.state.chosen.map((i) => this.state.model.nodes[i]).filter((node) => node.kind === "token");
+    for (const { token: { patch, image } } of chosen) {
+      if (patch) this.figures[image].overlay.append(svg("rect", { class: "chosen", x: patch[1], y: patch[0], width: 1, height: 1 }));
+    }
     this.write(patches, carriers, most, maps.every((map) => map.exact));
   }
 
   subjectName() {
     const { state } = this;
-    if (state.group) return `“${state.group.name}”`;
+    if (state.group && !state.looksUp) return `“${state.group.name}”`;
     return state.subject.length === 1 ? nodeName(state, state.model.nodes[state.subject[0]])
       : count(state.subject.length, "node");
   }
@@ -92,11 +96,11 @@ export class PictureView {
     if (most === 0) {
       this.summary.textContent = state.direct ? "No patch feeds it directly." : "No patch of the graph feeds it.";
     } else if (carriers.length) {
-      const push = answer ? `towards ${name}` : "that raises it";
-      this.summary.textContent = `Outlined: ${count(carriers.length, "patch", "patches")} of ` +
-        `${patches.length} that carry half of the push ${push}.`;
+      const sum = (list) => list.reduce((all, patch) => all + Math.max(0, patch.value), 0);
+      this.summary.textContent = `Outlined: ${count(carriers.length, "patch", "patches")} of ${patches.length}, with ` +
+        `${percent(sum(carriers) / sum(patches))} of the push ${answer ? `towards ${name}` : "that raises it"}.`;
     } else {
-      this.summary.textContent = "Every patch pushes against it.";
+      this.summary.textContent = "Hardly a patch pushes it up.";
     }
     const unit = answer ? "logits" : "of its activation";
     this.legend.hidden = most === 0;
@@ -122,9 +126,13 @@ export class PictureView {
 
   mark({ image, row, column }) {
     for (const figure of this.figures) figure.overlay.querySelector(".marked")?.classList.remove("marked");
-    const rect = this.figures[image].overlay.querySelector(`[data-row="${row}"][data-column="${column}"]`);
+    const rect = this.rect(image, row, column);
     rect?.classList.add("marked");
     rect?.parentNode.append(rect);
+  }
+
+  rect(image, row, column) {
+    return this.figures[image].overlay.querySelector(`[data-row="${row}"][data-column="${column}"]`);
   }
 
   read({ row, column }, image) {
@@ -158,16 +166,10 @@ export class PictureView {
   }
 }
 
-// The fewest patches that make up half of the sum of positive values.
-function halfOf(patches) {
-  const sorted = [...patches].sort((a, b) => b.value - a.value);
-  const all = sorted.reduce((sum, patch) => sum + patch.value, 0);
-  const taken = [];
-  for (let sum = 0; taken.length < sorted.length && sum < all / 2;) {
-    sum += sorted[taken.length].value;
-    taken.push(sorted[taken.length]);
-  }
-  return taken;
+// Patches that push at least half as much as the strongest one.
+function strong(patches, most) {
+  const best = patches.reduce((best, patch) => Math.max(best, patch.value), 0);
+  return best < most / 20 ? [] : patches.filter((patch) => patch.value >= best / 2 && patch.value > 0);
 }
 
 function draw({ overlay }, values, most, carriers) {
@@ -175,11 +177,20 @@ function draw({ overlay }, values, most, carriers) {
   overlay.setAttribute("viewBox", `0 0 ${columns} ${rows}`);
   const rects = values.flatMap((line, row) => line.map((value, column) => svg("rect", {
     x: column, y: row, width: 1, height: 1, class: `patch ${side(value)}`, "data-row": row,
-    "data-column": column, "data-value": value, "fill-opacity": 0.9 * strength(value, most) })));
-  const outline = ["edge", "carrier"].map((name) => carriers.map(({ row, column }) => svg("rect", {
-    x: column + 0.04, y: row + 0.04, width: 0.92, height: 0.92, class: name })));
+    "data-column": column, "data-value": value, "data-strong": carriers.some((one) => one.row === row && one.column === column), "fill-opacity": 0.9 * strength(value, most) })));
+  const border = borderOf(carriers);
+  const outline = ["edge", "carrier"].map((name) => svg("path", { class: name, d: border }));
   const minus = values.flatMap((line, row) => line.map((value, column) =>
     (value < 0 && strength(value, most) > 0.25 ? svg("path", { class: "minus",
       d: `M${column + 0.3} ${row + 0.5}h0.4` }) : null)));
-  clear(overlay, rects, outline.flat(), minus);
+  clear(overlay, rects, outline, minus);
+}
+
+// The border around all of some patches together, as an SVG path.
+function borderOf(patches) {
+  const inside = new Set(patches.map(({ row, column }) => `${row} ${column}`));
+  const sides = [[-1, 0, 0, 0, "h1"], [1, 0, 0, 1, "h1"], [0, -1, 0, 0, "v1"], [0, 1, 1, 0, "v1"]];
+  return patches.flatMap(({ row, column }) => sides
+    .filter(([down, right]) => !inside.has(`${row + down} ${column + right}`))
+    .map(([, , x, y, line]) => `M${column + x} ${row + y}${line}`)).join("");
 }

@@ -34,9 +34,14 @@ export class State {
     this.set({ chosen: indices, group, focus: indices.length ? indices[0] : this.focus });
   }
 
+  // Whether only tokens are chosen: nothing feeds them, so one looks at where they lead.
+  get looksUp() {
+    return this.chosen.length > 0 && this.chosen.every((i) => this.model.nodes[i].kind === "token");
+  }
+
   // What everything lit up is about.
   get subject() {
-    return this.chosen.length ? this.chosen : [this.model.answerNode.index];
+    return this.chosen.length && !this.looksUp ? this.chosen : [this.model.answerNode.index];
   }
 
   // Effect of every node on the subject, and flow through every link.

@@ -24,9 +24,9 @@ export class WordsView {
 
   chip({ positions, image, text, value }, most) {
     const { model } = this.state;
-    const shown = image < 0 ? visible(text) : `picture ${image + 1}: ${count(positions.length, "token")}`;
+    const shown = image < 0 ? visible(text) : `picture${model.images.length > 1 ? ` ${image + 1}` : ""}: ${count(positions.length, "token")}`;
     const node = image < 0 ? model.tokenNode.get(positions[0]) : null;
-    const chip = el("button", { type: "button", class: `word ${value ? side(value) : ""} ${image < 0 ? "" : "run"}`,
+    const chip = el("button", { type: "button", class: `word ${value ? side(value) : ""} ${image < 0 ? "" : "run"} ${this.state.chosen.includes(node?.index) ? "chosen" : ""}`,
       disabled: !node, title: `${shown} ${signed(value)}`, "data-value": value,
       onclick: () => this.state.choose([node.index]) },
     shown, image < 0 ? null : el("b", {}, ` ${signed(value)}`));
