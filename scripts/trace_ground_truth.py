@@ -10,9 +10,9 @@ by replacing a cell's image tokens by their means over scenes.
 
 Swaps: the asked object is given a colour that is not in the scene. In the unchanged model, which
 sees the first picture, features take on the values they have on the second: those for which the
-graphs of the two scenes (target: second colour minus first) predict the largest change, or as many
-random ones of those active in either scene, or random others of the same layers and positions. The
-share of scenes in which the answer becomes the second colour. Prints Markdown tables with Wilson's
+graph of the first scene, or of either, predicts the largest change (target: second colour minus
+first), or as many random active ones, or random others of the same layers and positions. The share
+of scenes in which the answer becomes the second colour. Prints Markdown tables with Wilson's
 95 % intervals.
 """
 
@@ -45,8 +45,8 @@ from sparsify_vlm.replacement import LocalModel
 from sparsify_vlm.training import CoderConfig, RunConfig, TrainConfig, train
 
 MODEL, LATENTS, K, LAYERS = "tiny-llava", 768, 16, 8
-SWAPPED = (5, 10, 20, 50)
-"""Features that are swapped together."""
+SWAPPED = (5, 10, 25)
+"""Features of each scene that are swapped together."""
 MEANS = 200
 """Scenes over which image tokens are averaged."""
 WHERE = {
@@ -56,6 +56,14 @@ WHERE = {
     "pruned_influence": "pruned graph: influence",
     "gradient": "gradient × input on the plain model",
     "ablation": "ablating a cell's image tokens (causal ceiling)",
+}
+
+ARMS = {
+    "own": "{n} largest of this scene's graph",
+    "own-random": "{n} random active ones of this scene",
+    "each": "{n} largest of each scene's graph",
+    "each-random": "{n} random active ones of each scene",
+    "each-beside": "as many random others of the same layers and positions (for {n} of each)",
 }
 
 
@@ -271,28 +279,32 @@ class Study:
             for inputs in (case.inputs, other.inputs)
         )
         before, after = _activations(here), _activations(there)
-        predicted = _predicted(there, after, before, -1.0) | _predicted(here, before, after, 1.0)
-        order = sorted(predicted, key=lambda f: -predicted[f])
-        everything = sorted(before | after)
+        of_here = _predicted(here, before, after, 1.0)
+        of_there = _predicted(there, after, before, -1.0)
+        arms = {f"own-{SWAPPED[0]}": _largest(of_here, SWAPPED[0])}
+        arms[f"own-random-{SWAPPED[0]}"] = self.random.sample(sorted(before), SWAPPED[0])
+        for n in SWAPPED:
+            top = list(dict.fromkeys(_largest(of_here, n) + _largest(of_there, n)))
+            arms[f"each-{n}"] = top
+            some = self.random.sample(sorted(before), n) + self.random.sample(sorted(after), n)
+            arms[f"each-random-{n}"] = list(dict.fromkeys(some))
+            near = {f[:2] for f in top}
+            beside = [f for f in sorted(before | after) if f[:2] in near and f not in top]
+            if len(beside) >= len(top):
+                arms[f"each-beside-{n}"] = self.random.sample(beside, len(top))
         local = LocalModel(self.model, case.inputs)
         plain = self.model.intervene(local, [], "free").logits[-1]
+        predicted = of_there | of_here
         made: dict[str, Any] = {"from": case.colour, "to": other.colour}
-        for n in SWAPPED:
-            top = order[:n]
-            near = {f[:2] for f in top}
-            beside = [f for f in everything if f[:2] in near and f not in top]
-            arms = {"top": top, "random": self.random.sample(everything, n)}
-            if len(beside) >= n:
-                arms["beside"] = self.random.sample(beside, n)
-            for name, features in arms.items():
-                changes = [Intervention(*f, after.get(f, 0.0)) for f in features]
-                logits = self.model.intervene(local, changes, "free").logits[-1]
-                moved = logits - plain
-                made[f"{name}-{n}"] = {
-                    "says": self._says(logits),
-                    "moved": float(moved[difference.plus] - moved[difference.minus]),
-                    "predicted": sum(predicted.get(f, 0.0) for f in features),
-                }
+        for name, features in arms.items():
+            changes = [Intervention(*f, after.get(f, 0.0)) for f in features]
+            logits = self.model.intervene(local, changes, "free").logits[-1]
+            moved = logits - plain
+            made[name] = {
+                "says": self._says(logits),
+                "moved": float(moved[difference.plus] - moved[difference.minus]),
+                "predicted": sum(predicted.get(f, 0.0) for f in features),
+            }
         return made
 
 
@@ -304,6 +316,11 @@ def _activations(graph: AttributionGraph) -> Active:
     """All active features."""
     rows = graph.active_features.tolist()
     return dict(zip(map(tuple, rows), graph.activation_values.tolist(), strict=True))
+
+
+def _largest(predicted: Active, n: int) -> list[tuple[int, int, int]]:
+    """The n features for which most is predicted."""
+    return sorted(predicted, key=lambda f: -predicted[f])[:n]
 
 
 def _predicted(graph: AttributionGraph, own: Active, other: Active, sign: float) -> Active:
@@ -385,22 +402,16 @@ def _swap_lines(swaps: list[dict[str, Any]]) -> list[str]:
         "scenes | difference of logits moves by | predicted |",
         "|---|---|---|---|---|---|",
     ]
-    labels = {
-        "top": "of the graphs' largest",
-        "random": "random active",
-        "beside": "random of the same layers and positions",
-    }
-    for name, label in labels.items():
-        for n in SWAPPED:
-            rows = [(one["to"], one[f"{name}-{n}"]) for one in swaps if f"{name}-{n}" in one]
-            if not rows:
-                continue
-            turned = [row["says"] == to for to, row in rows]
-            moved, predicted = (
-                sum(row[key] for _, row in rows) / len(rows) for key in ("moved", "predicted")
-            )
-            share = _share(turned)
-            lines.append(f"| {n} {label} | {share} | {moved:+.2f} | {predicted:+.2f} |")
+    names = [name for one in swaps for name in one if name not in ("from", "to")]
+    for name in dict.fromkeys(names):
+        kind, _, n = name.rpartition("-")
+        rows = [(one["to"], one[name]) for one in swaps if name in one]
+        turned = [row["says"] == to for to, row in rows]
+        moved, predicted = (
+            sum(row[key] for _, row in rows) / len(rows) for key in ("moved", "predicted")
+        )
+        label = ARMS[kind].format(n=n)
+        lines.append(f"| {label} | {_share(turned)} | {moved:+.2f} | {predicted:+.2f} |")
     return lines
 
 

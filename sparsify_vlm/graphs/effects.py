@@ -9,7 +9,8 @@ grows by the share A[s, r] / a_s writes that much more, so that r adds to t over
 solved from the top layer down, E[t, t] = 1. Unlike influence it keeps signs, and paths of opposite
 sign cancel: E[t, token p] is what would be missing from the target if the token's embedding were
 taken away and all that is frozen stayed. Over tokens, errors and biases E adds up to the target.
-Features that are not nodes (`max_feature_nodes`) carry nothing.
+Features that are not nodes (`max_feature_nodes`) carry nothing. With a post-encoder bias, where
+writes are not proportional to activations, E is an approximation.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def trace(cfg: TraceConfig) -> Path:
     folder = Path(cfg.output_dir or Path("graphs") / slug)
     _check_folder(folder, slug)
     story = Story(asked.question, answer, cfg.clt, asked.pictures, _labels(cfg), _examples(cfg))
-    graph.info |= {"clt": cfg.clt, "slug": slug}
+    graph.info |= {"clt": cfg.clt, "slug": slug, "dtype": cfg.dtype}
     if cfg.difference:
         graph.info["difference"] = [_id(model.loaded, text) for text in cfg.difference]
     graph.save(folder)

@@ -107,6 +107,7 @@ def verify(cfg: VerifyConfig) -> Verification:
     folder = Path(cfg.graph)
     graph, inputs = AttributionGraph.load(folder), _inputs(folder)
     cfg.model = cfg.model or graph.info.get("model")
+    cfg.dtype = cfg.dtype or graph.info.get("dtype")
     clt = cfg.clt or graph.info.get("clt")
     if clt is None:
         raise UserError(f"{folder} does not say which coder it was made with: give --clt")

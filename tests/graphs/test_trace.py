@@ -127,6 +127,29 @@ def test_a_picture_of_the_users(shelf, tmp_path):
     assert Image.open(out / "image-0.png").size == (pixels.shape[3], pixels.shape[2])
 
 
+@pytest.mark.parametrize(
+    ("name", "grid", "size"),
+    [
+        ("llava", (4, 4), (32, 32)),  # cropped by its processor
+        ("gemma3", (2, 2), (32, 32)),  # squeezed
+        ("qwen2_5_vl", (4, 6), (64, 48)),  # whole, in merged patches
+        ("llava_next", (6, 8), (64, 48)),  # whole, from tiles
+        ("pixtral", (4, 5), (40, 32)),  # smaller, and padded in its batch
+        ("internvl", (0, 0), (64, 48)),  # several tiles, whose places are not known
+    ],
+)
+def test_pictures_and_grids_of_families(tmp_path, name, grid, size):
+    build(name, tmp_path)
+    loaded = load(name, tmp_path)
+    clt = save_random_clt(loaded.name, loaded.stack.hookpoints, D_MODEL, tmp_path / "clt")
+    picture(64, 48).save(tmp_path / "p.png")
+    argv = ["--image", tmp_path / "p.png", "--prompt", "what colour", "--max_feature_nodes", 50]
+    assert run("trace", clt, *argv, "--output_dir", tmp_path / "g") == 0
+    (shown,) = slug_json(tmp_path / "g")["metadata"]["vlm"]["images"]
+    assert (shown["rows"], shown["columns"]) == grid
+    assert Image.open(tmp_path / "g" / shown["file"]).size == size
+
+
 def test_a_text_model(shelf, tmp_path):
     out = tmp_path / "g"
     argv = ["--prompt", "what colour is the thing", "--target_tokens", "red", "blue"]
