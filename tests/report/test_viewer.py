@@ -517,6 +517,7 @@ def test_circuit_tracers_text_graphs_are_shown(case: str, tmp_path: Path, chromi
     shutil.copytree(ORACLES / case / "graph_json", folder)
     with served(folder, chromium) as page:
         assert page.find(".picture") == []
+        assert "picture" not in page.text(".guide")
         assert page.find(".word")
         page.find(".node.feature")[0].click()
         found = [abs(w) for w in weights(page, "inputs")]

@@ -31,7 +31,7 @@ export class DetailsView {
     const label = el("input", { type: "text", id: "label", maxlength: 2000, value: this.state.marks.label(node.id),
       placeholder: "what does it stand for?", onchange: (event) => this.state.marks.setLabel(node.id, event.target.value) });
     this.node = node;
-    clear(this.root, isChosen ? null : guide(), this.title, el("p", { class: "place" }, placeName(node)), facts(node),
+    clear(this.root, isChosen ? null : guide(this.state.model.images.length > 0), this.title, el("p", { class: "place" }, placeName(node)), facts(node),
       isChosen ? el("div", { class: "field" }, el("label", { for: "label" }, "Label"), label, this.pin) : null,
       this.lists([node.index]), this.examples(node));
     this.updateMarks();
@@ -125,10 +125,10 @@ function facts(node) {
   return el("dl", {}, found.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
 }
 
-function guide() {
-  return el("div", { class: "guide" }, el("p", {}, "Left: the patches of the picture that pushed the answer up ",
+function guide(hasPicture) {
+  return el("div", { class: "guide" }, el("p", {}, `Left: the ${hasPicture ? "patches of the picture" : "words"} that pushed the answer up `,
     el("b", { class: "for" }, "(orange)"), " or down ", el("b", { class: "against" }, "(blue)"),
-  ". Middle: the features it went through, from the picture and the words at the bottom to the answer on top."),
+  `. Middle: the features it went through, from the ${hasPicture ? "picture and the words" : "words"} at the bottom to the answer on top.`),
   el("p", {}, "Choose any node to see what feeds it and where it leads."));
 }
 

@@ -1,5 +1,6 @@
 // The graph itself: nodes one can point at or walk through with the keyboard, links beneath.
 
+import { strength } from "./colours.js";
 import { clear, el, percent, setChildren, svg, visible } from "./dom.js";
 import { layout } from "./layout.js";
 import { drawGround, drawLinks, strongest } from "./links.js";
@@ -68,6 +69,7 @@ export class GraphView {
     this.nodes.setAttribute("width", place.width);
     this.nodes.setAttribute("height", place.height);
     const near = this.near();
+    this.mostOfTokens = shown.reduce((most, node) => (node.kind === "token" ? Math.max(most, Math.abs(state.effects.effect[node.index])) : most), 0);
     const before = this.elements;
     this.elements = new Map(shown.map((node) => [node.index, this.drawNode(node, near, before.get(node.index))]));
     const top = state.model.topLayer + 1;
@@ -103,13 +105,16 @@ export class GraphView {
     const group = state.marks.groupOf(node.id);
     const classes = ["node", node.kind, chosen ? "chosen" : "", near && !near.has(node.index) ? "far" : "",
       state.marks.isPinned(node.id) ? "pinned" : "", group ? "grouped" : ""];
+    before?.element.querySelector(".label")?.remove();
     const same = before && before.place.r === place.r && before.place.wide === place.wide;
     const element = same ? before.element : svg("g", { "data-node": node.index, role: "button" }, shape(node, place));
     const attributes = { class: classes.filter(Boolean).join(" "), "aria-label": spokenName(state, node),
       tabindex: node.index === state.focus ? 0 : -1, "aria-pressed": String(chosen),
       transform: `translate(${place.x} ${place.y})` };
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    element.querySelector(".label")?.remove();
+    if (node.kind === "token") { // as strong as what it adds, so that the patches show here too
+      element.lastChild.style.fillOpacity = chosen ? 1 : 0.25 + 0.75 * strength(state.effects.effect[node.index], this.mostOfTokens);
+    }
     const text = state.marks.label(node.id) || (group?.nodes[0] === node.id ? group.name : "");
     if (text) element.append(svg("text", { class: "label", x: place.r + 4, y: 4 }, text.slice(0, 24)));
     return { element, place };
@@ -201,13 +206,13 @@ export class GraphView {
 
 // Whether a word does not fit across its column.
 function turned(lane) {
-  return lane.image < 0 && lane.width < 6.8 * visible(lane.token.text).length + 4;
+  return lane.image < 0 && lane.width < 7.2 * visible(lane.token.text).length + 6;
 }
 
 function shape(node, { r, wide }) {
   if (node.kind === "logit") {
     const text = `“${visible(answerText(node)).slice(0, Math.max(3, Math.floor((wide - 66) / 8)))}”`;
-    const half = Math.min(wide, 8 * text.length + 70) / 2;
+    const half = Math.min(wide, 8.6 * text.length + 66) / 2;
     return [svg("rect", { x: -half, y: -13, width: 2 * half, height: 26, rx: 13 }),
       svg("text", { "text-anchor": "middle", y: 4.5 }, `${text} ${percent(node.probability)}`)];
   }
