@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,21 +27,17 @@ from sparsify_vlm.graphs.graph import AttributionGraph
 
 def total_effects(graph: AttributionGraph) -> Tensor:
     """E [targets, N] float64: what each node adds to each target over all paths."""
-    edges, n = graph.edges, graph.n_nodes
-    weight = edges.weight.double()
-    of_features = edges.target < graph.n_features
+    edges, first_target = graph.edges, graph.target_nodes.start
     activation = graph.activation_values[graph.selected_features].double()
-    share = weight[of_features] / activation[edges.target[of_features]]
-    target, source = edges.target[of_features], edges.source[of_features]
-    starts = torch.searchsorted(target, _layer_starts(graph)).tolist()
-
-    total = torch.zeros(n - graph.target_nodes.start, n, dtype=torch.float64)
-    direct = ~of_features
-    rows = edges.target[direct] - graph.target_nodes.start
-    total[rows, edges.source[direct]] = weight[direct]
-    for first, last in zip(reversed(starts[:-1]), reversed(starts[1:]), strict=True):
-        here = slice(first, last)
-        total.index_add_(1, source[here], total[:, target[here]] * share[here])
+    layers = _by_layer(graph)
+    direct = slice(layers[-1].stop, None)
+    total = torch.zeros(graph.n_nodes - first_target, graph.n_nodes, dtype=torch.float64)
+    rows = edges.target[direct] - first_target
+    total[rows, edges.source[direct]] = edges.weight[direct].double()
+    for here in reversed(layers):
+        target, source = edges.target[here], edges.source[here]
+        share = edges.weight[here].double() / activation[target]
+        total.index_add_(1, source, total[:, target] * share)
     total[:, graph.target_nodes] += torch.eye(len(total), dtype=torch.float64)
     return total
 
@@ -53,28 +50,27 @@ def changes_without(graph: AttributionGraph, sets: Sequence[Tensor]) -> Tensor:
     """
     edges, n = graph.edges, graph.n_features
     activation = graph.activation_values[graph.selected_features].double()
-    inside = (edges.source < n) & ((edges.target < n) | (edges.target >= graph.target_nodes.start))
-    target, source = edges.target[inside], edges.source[inside]
-    per_unit = edges.weight[inside].double() / activation[source]
-    starts = torch.searchsorted(target, _layer_starts(graph)).tolist()
-
+    layers = _by_layer(graph)
     held = torch.zeros(len(sets), graph.n_nodes, dtype=torch.bool)
     change = torch.zeros(len(sets), graph.n_nodes, dtype=torch.float64)
     for i, features in enumerate(sets):
         held[i, features] = True
         change[i, features] = -activation[features]
-    for first, last in zip(starts, [*starts[1:], len(target)], strict=True):
-        here = slice(first, last)
-        passed = change[:, source[here]] * per_unit[here]
-        passed = passed.masked_fill(held[:, target[here]], 0)
-        change.index_add_(1, target[here], passed)
+    for here in [*layers, slice(layers[-1].stop, None)]:
+        of_features = edges.source[here] < n
+        target, source = edges.target[here][of_features], edges.source[here][of_features]
+        per_unit = edges.weight[here][of_features].double() / activation[source]
+        passed = (change[:, source] * per_unit).masked_fill(held[:, target], 0)
+        change.index_add_(1, target, passed)
     return change
 
 
-def _layer_starts(graph: AttributionGraph) -> Tensor:
-    """[L + 1]: the first feature node of each layer, and the number of them."""
+def _by_layer(graph: AttributionGraph) -> list[slice]:
+    """The edges into the feature nodes of each layer; those into targets follow."""
     layers = graph.features[:, 0].contiguous()
-    return torch.searchsorted(layers, torch.arange(graph.n_layers + 1))
+    nodes = torch.searchsorted(layers, torch.arange(graph.n_layers + 1))
+    places = torch.searchsorted(graph.edges.target, nodes).tolist()
+    return [slice(first, last) for first, last in pairwise(places)]
 
 
 @dataclass
