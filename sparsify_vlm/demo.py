@@ -39,6 +39,8 @@ LEAST_HELDOUT = 20
 """Held-out scenes until every colour and shape is in an even and in an odd one: latents are chosen
 on the ones and scored on the others."""
 
+GRAPH_PAGE = "graph.html"
+"""The traced answer's page, beside the report."""
 MARK = "demo.json"
 """Written first: a folder that holds it is a demo's and may be made anew."""
 
@@ -130,11 +132,12 @@ def run_demo(cfg: DemoConfig) -> Path:
         what = f"spliced into the model, {cfg.heldout_scenes} held-out scenes"
         stages(f"evaluate {name}", what, partial(_evaluate, cfg, folder, name))
     stages("look inside", "decoders, latents of colours and shapes", partial(_inspect, cfg, folder))
+    stages("trace", "one answer, back to the patches it came from", partial(_trace, cfg, folder))
     if not cfg.keep_activations:
         shutil.rmtree(store)
     _remember(cfg, folder, stages.done)
     report = write_report(folder)
-    print(f"\nThe report: {report.resolve()}")
+    print(f"\nThe report: {report.resolve()}\nThe traced answer: {folder.resolve() / GRAPH_PAGE}")
     return report
 
 
@@ -248,6 +251,29 @@ def _inspect(cfg: DemoConfig, folder: Path) -> None:
     write_json(folder / "examples.json", examples)
     for index in {index for group in examples.values() for index in group}:
         (pictures / f"scene-{index}.png").write_bytes(png(rows[index]["image"]))
+
+
+def _trace(cfg: DemoConfig, folder: Path) -> None:
+    """Write graph/ and its page: the first held-out question about the colour of one of several
+    objects that the model answers rightly."""
+    from sparsify_vlm.data import ShapesDataset
+    from sparsify_vlm.graphs.config import TraceConfig
+    from sparsify_vlm.graphs.tracing import trace
+    from sparsify_vlm.report.graph_page import write_standalone
+    from sparsify_vlm.report.viewer.folder import read_folder
+
+    rows = ShapesDataset("heldout", cfg.heldout_scenes)
+    lines = (folder / "clt.answers.jsonl").read_text("utf-8").splitlines()
+    scene = next(
+        index
+        for index, line in enumerate(map(json.loads, lines))
+        if line["type"] == "colour"
+        and line["right"]["model"]
+        and len(rows[index]["scene"].objects) > 1
+    )
+    graph = folder / "graph"
+    trace(TraceConfig(clt=str(folder / "clt"), scene=scene, output_dir=str(graph), slug="answer"))
+    write_standalone(read_folder(graph), str(folder / GRAPH_PAGE))
 
 
 def _differing(folder: Path) -> list[int]:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from sparsify_vlm.data import ShapesDataset
 from sparsify_vlm.demo import LEAST_HELDOUT, DemoConfig, run_demo
@@ -67,6 +69,21 @@ def test_latents_of_colours_are_found_where_the_colours_are(folder: Path) -> Non
 
 
 @pytest.mark.slow
+def test_an_answer_is_traced_to_the_object_that_was_asked_for(folder: Path) -> None:
+    """The generator knows which patches show the object; the report opens the graph's page."""
+    graph = json.loads((folder / "graph" / "answer.json").read_text())["metadata"]["vlm"]
+    effects = np.array(graph["patch_effects"][0]["values"])
+    rows = ShapesDataset("heldout", 400)
+    picture = np.asarray(Image.open(folder / "graph" / "image-0.png"))
+    row = next(r for r in rows if np.array_equal(np.asarray(r["image"]), picture))
+    assert row["question"] == graph["question"]
+    asked = next(o for o in row["scene"].objects if o.shape in graph["question"])
+    cells = effects.reshape(3, effects.shape[0] // 3, 3, -1).sum((1, 3))
+    assert cells.argmax() == asked.cell
+    assert 'href="graph.html"' in (folder / "report.html").read_text()
+    assert (folder / "graph.html").stat().st_size > 50_000
+
+
 def test_a_second_demo_replaces_the_first_but_nothing_else(folder: Path, tmp_path: Path) -> None:
     assert not (folder / "activations").exists()
     (tmp_path / "thesis.tex").write_text("years of work")

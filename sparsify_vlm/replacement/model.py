@@ -79,7 +79,8 @@ class VLMReplacementModel:
         """Load what is given by name; a model None is the one the coder was trained on.
 
         `device`, `dtype` and `loading` (revision, token, trust_remote_code, load_in_8bit,
-        load_in_4bit) are those of `load_model`. The coder keeps its own dtype. Raises `UserError` as both loaders do.
+        load_in_4bit) are those of `load_model`. The coder keeps its own dtype. Raises `UserError`
+        as both loaders do.
         """
         clt = clt_or_path if isinstance(clt_or_path, Clt) else load_clt(clt_or_path)
         if model_or_path is None:

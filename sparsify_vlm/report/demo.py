@@ -7,6 +7,7 @@ demo.json                       settings, stages with their seconds, versions
 decoders.json                   mean decoder norms by σ of the target
 concepts.json, examples.json    latents of colours and shapes, scenes to show
 pictures/                       their pictures
+graph/, graph.html              the traced answer and its page
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.report import figures
 from sparsify_vlm.report.html import number, percent, png_uri, svg, write_page
+from sparsify_vlm.report.pictures import patch_overlay, png
+from sparsify_vlm.report.viewer.folder import read_folder
 
 CODERS = {
     "clt": "cross-layer",
@@ -57,6 +63,7 @@ def write_report(folder: Path) -> Path:
                 figures.decoder_heatmap(_read(folder / "decoders.json")["mean_norm_by_sigma"])
             ),
         },
+        trace=_trace(folder),
         concepts=_concepts(folder),
         stages=demo["stages"],
         commands=_commands(settings),
@@ -185,6 +192,36 @@ def _fvu_by_layer(evaluations: dict[str, Any]) -> dict[str, dict[str, list[float
     }
 
 
+def _trace(folder: Path) -> dict[str, Any]:
+    """The traced answer: its picture by what each patch does to it, and where to look further."""
+    page = read_folder(folder / "graph").page
+    vlm = _read(folder / "graph" / f"{page['slug']}.json")["metadata"]["vlm"]
+    picture, grid = vlm["images"][0], vlm["patch_effects"][0]
+    effects = np.asarray(grid["values"], np.float32)
+    with Image.open(folder / "graph" / picture["file"]) as image:
+        plain, overlay = png(image), patch_overlay(image, effects, float(effects.max()), scale=4)
+    push = effects.clip(min=0)
+    order = np.argsort(-push, axis=None)
+    enough = int(np.searchsorted(push.flat[order].cumsum(), push.sum() / 2)) + 1
+    scores = vlm["scores"]
+    return {
+        "question": vlm["question"],
+        "answer": vlm["answer"].strip(),
+        "picture": png_uri(plain),
+        "overlay": png_uri(overlay),
+        "patches": [
+            {"row": i // effects.shape[1] + 1, "column": i % effects.shape[1] + 1, "effect": value}
+            for i, value in zip(order.tolist(), push.flat[order].tolist(), strict=True)
+        ][:enough],
+        "all_patches": effects.size,
+        "from_images": percent(scores["from_images"], 0),
+        "from_words": percent(scores["from_words"], 0),
+        "from_errors": percent(scores["from_errors"], 0),
+        "replacement": percent(scores["replacement"], 0),
+        "page": "graph.html",
+    }
+
+
 def _concepts(folder: Path) -> list[dict[str, Any]]:
     rows = _read(folder / "concepts.json")
     for row in rows:
@@ -205,4 +242,6 @@ def _commands(settings: dict[str, Any]) -> list[str]:
         f"--batch_tokens {s['batch_tokens']} --max_steps {s['steps']} "
         "--epochs 1000 --run_name clt",
         "sparsify-vlm evaluate checkpoints/clt shapes --split heldout",
+        "sparsify-vlm trace checkpoints/clt --scene 0 --output_dir graph",
+        "sparsify-vlm view graph",
     ]

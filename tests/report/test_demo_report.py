@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import made_up_graph
 import pytest
 from PIL import Image
 
@@ -81,6 +82,7 @@ def folder(tmp_path: Path) -> Path:
         "concepts.json",
         [{"concept": "red", "layer": 2, "latent": 41, "images": ["red-3.png"]} | scores],
     )
+    made_up_graph.write(tmp_path / "graph")
     return tmp_path
 
 
@@ -100,12 +102,14 @@ def test_it_shows_the_numbers_of_the_files_and_fetches_nothing(folder: Path) -> 
     for shown in ("0.012", "0.034", "0.046", "99.0 %", "0.987", "75 %", "2.0 M", "321", "n/a"):
         assert shown in page, shown
     assert "(goes on)" in page
+    assert "Which patches made it say “red”?" in page
+    assert "of 64 patches carry half of the push" in page
     assert ATTACK not in page
     assert "&lt;script&gt;" in page
     sources = Sources()
     sources.feed(page)
     assert sources.found
-    assert [s for s in sources.found if not s.startswith(("data:", "#"))] == []
+    assert [s for s in sources.found if not s.startswith(("data:", "#"))] == ["graph.html"]
 
 
 def test_a_missing_stage_is_said(folder: Path) -> None:
@@ -140,7 +144,7 @@ def test_it_opens_without_errors_and_fits_1280_pixels(folder: Path, browser: Any
     widths = browser.execute_script(
         "return [...document.images].map(i => i.complete ? i.naturalWidth : 0)"
     )
-    assert len(widths) == 3
+    assert len(widths) == 5
     assert min(widths) > 0
     overflow = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert browser.execute_script(overflow) <= 0
