@@ -238,6 +238,10 @@ class TrainConfig(upstream.TrainConfig):
         return self.init_seeds[0]
 
 
+_LARGEST = 3.4e38  # of what float32, in which the coders are trained, can hold
+_MOST = {"num_latents": 10**12, "expansion_factor": 10**7}  # keeps numbers of bytes in 64 bits
+
+
 def _check_coder(cfg: CoderConfig) -> None:
     if cfg.cross_layer < 0:
         raise UserError(
@@ -264,6 +268,13 @@ def _check_coder(cfg: CoderConfig) -> None:
         raise UserError(
             f"--k {cfg.k} is larger than --num_latents {cfg.num_latents}: lower --k or raise the "
             "number of latents"
+        )
+    for name, most in _MOST.items():
+        if getattr(cfg, name) > most:
+            raise UserError(f"--{name} {getattr(cfg, name)}: {most} is the most")
+    if cfg.jumprelu_init_threshold > _LARGEST or cfg.jumprelu_bandwidth < 1 / _LARGEST:
+        raise UserError(
+            "--jumprelu_init_threshold is too large or --jumprelu_bandwidth too small for float32"
         )
     if cfg.multi_topk:
         raise UserError("--multi_topk is not supported yet: leave it out")
@@ -297,11 +308,16 @@ def _check_counts(cfg: TrainConfig) -> None:
             raise UserError(f"--{name} {getattr(cfg, name)}: must be at least 1")
     if cfg.max_steps is not None and cfg.max_steps < 1:
         raise UserError(f"--max_steps {cfg.max_steps}: must be at least 1")
-    if cfg.lr is not None and not 0 < cfg.lr < math.inf:
+    if cfg.lr is not None and not 0 < cfg.lr <= _LARGEST:
         raise UserError(f"--lr {cfg.lr}: must be positive and finite")
     for name in ("lr_warmup_steps", "k_decay_steps", "dead_feature_threshold"):
         if getattr(cfg, name) < 0:
             raise UserError(f"--{name} {getattr(cfg, name)}: must not be negative")
+    for name in (*_AT_LEAST_ONE, "dead_feature_threshold"):
+        if getattr(cfg, name) >= 2**63:
+            raise UserError(f"--{name} {getattr(cfg, name)}: too large a number")
+    if any(not 0 <= token < 2**63 for token in cfg.exclude_tokens):
+        raise UserError(f"--exclude_tokens {cfg.exclude_tokens}: tokens are numbers from 0 on")
 
 
 def _check_streaming(cfg: TrainConfig) -> None:
@@ -342,6 +358,11 @@ def _check_objective(cfg: TrainConfig) -> None:
         raise UserError(
             f"--loss_fn {cfg.loss_fn} runs the model on its own text: leave --activations out"
         )
+    if cfg.bf16_moments and cfg.optimizer == "signum":
+        raise UserError(
+            "--bf16_moments is about the two moments of Adam, which --optimizer signum does not "
+            "keep: leave it out or take adam"
+        )
     if cfg.bf16_selection and cfg.sae.activation != "topk":
         raise UserError("--bf16_selection is for --activation topk only")
 
@@ -374,3 +395,5 @@ def _check_supported(cfg: TrainConfig) -> None:
             raise UserError(f"{what} is not supported yet: {instead}")
     if not cfg.init_seeds:
         raise UserError("--init_seeds needs one seed")
+    if not -(2**63) <= cfg.seed < 2**63:
+        raise UserError(f"--init_seeds {cfg.seed}: a seed has 64 bits, give a smaller number")

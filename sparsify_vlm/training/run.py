@@ -185,6 +185,7 @@ def _copy_weights(clt: Clt, path: str, layout: Layout) -> None:
             raise UserError(
                 f"--finetune {path}: its coders have {name} {theirs}, asked for is {ours}"
             )
+    _check_same_layers(start.cfg, clt.cfg, path)
     found, wanted, shapes = start.state_dict(), clt.state_dict(), whole_shapes(clt.cfg)
     per_layer = start.cfg.n_targets == 1 < clt.cfg.n_targets and clt.cfg.target_offset == 0
     for name, value in wanted.items():
@@ -195,6 +196,42 @@ def _copy_weights(clt: Clt, path: str, layout: Layout) -> None:
                 f"--finetune {path}: its coders have another shape than asked for ('{name}'); give "
                 "the same hookpoints and latents, and the same targets or per-layer transcoders"
             )
+
+
+def _check_same_layers(theirs: CltConfig, ours: CltConfig, path: str) -> None:
+    """Refuse coders of other layers or with other targets, which the tensors' shapes do not tell.
+
+    Per-layer ones may become any; otherwise decoders are shared and added up in the same way, since
+    a tensor of the same name would mean something else.
+    """
+    layers = [[_layer_number(name) for name in cfg.hookpoints] for cfg in (theirs, ours)]
+    if layers[0] != layers[1]:
+        raise UserError(
+            f"--finetune {path}: its coders are of layers {_few(layers[0])}, asked for are "
+            f"{_few(layers[1])}; give the same --layers or --hookpoints"
+        )
+    if theirs.n_targets == 1:
+        return
+    for name in ("n_targets", "target_offset", "coalesce_topk", *_TIES):
+        there, here = getattr(theirs, name), getattr(ours, name)
+        if there != here:
+            raise UserError(
+                f"--finetune {path}: its coders have {name} {there}, asked for is {here}; give "
+                "the same, or per-layer transcoders to start from"
+            )
+
+
+_TIES = ("per_source_tied", "secondary_target_tied")
+
+
+def _layer_number(hookpoint: str) -> str:
+    """The layer's number in a hookpoint's name, whatever the prefix; the name if there is none."""
+    numbers = [part for part in hookpoint.split(".") if part.isdecimal()]
+    return numbers[0] if len(numbers) == 1 else hookpoint
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names if len(names) < 7 else [*names[:3], "…", names[-1]])
 
 
 def _of_later_target(name: str) -> bool:

@@ -169,6 +169,13 @@ def test_the_variable_forces_a_path(name: str, monkeypatch: pytest.MonkeyPatch) 
             kernels_for(torch.zeros(1000, 4), 4)
 
 
+def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    usual = kernels_for(torch.zeros(1000, 4), 4).name
+    monkeypatch.setenv(kernels.VARIABLE, "")
+    assert kernels_for(torch.zeros(1000, 4), 4).name == usual
+
+
 def test_a_path_is_not_taken_for_types_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, dtype in (("triton", torch.float64), ("compiled", torch.bfloat16)):
         with monkeypatch.context() as context:

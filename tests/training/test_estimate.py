@@ -90,8 +90,10 @@ def test_llava_with_16_targets_has_392_decoders():
     assert count_parameters(cfg).total == 32 * 32768 * 4097 + 392 * 32768 * 4096 + 32 * 4096
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("optimizer", ["signum", "adam", "muon"])
+@pytest.mark.parametrize(
+    ("optimizer", "bf16"),
+    [("signum", False), *((name, bf16) for name in ("adam", "muon") for bf16 in (False, True))],
+)
 def test_optimizer_states_are_those_the_optimizer_has_after_a_step(optimizer, bf16):
     cfg = config(d=16, F=64)
     clt = Clt(cfg)

@@ -193,6 +193,33 @@ def test_training_goes_on_from_another_coder(stored: Path, tmp_path: Path) -> No
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"cross_layer": 2}, "n_targets 3, asked for is 2"),
+        ({"target_offset": 1, "cross_layer": 3}, "n_targets 3, asked for is 2"),
+        ({"target_offset": 1, "cross_layer": 2, "start": 2}, "target_offset 0, asked for is 1"),
+        ({"per_source_tied": True}, "per_source_tied False, asked for is True"),
+        ({"secondary_target_tied": True}, "secondary_target_tied False, asked for is True"),
+        ({"coalesce_topk": "concat"}, "coalesce_topk none, asked for is concat"),
+        ({"layers": [0, 2], "cross_layer": 2, "start": 2}, "are of layers 0, 1, 2, asked for are"),
+        ({"layers": [1, 2], "cross_layer": 1, "start": 1}, "are of layers 0, 1, 2, asked for are"),
+    ],
+    ids=str,
+)
+def test_coders_whose_tensors_mean_something_else_are_no_start(
+    stored: Path, tmp_path: Path, changed: dict[str, Any], named: str
+) -> None:
+    """Their shapes alone would let them pass."""
+    common = {"activations": str(stored), "save_dir": str(tmp_path), "max_steps": 1}
+    settings = {"cross_layer": 3} | changed
+    targets = settings.pop("start", 3)
+    first = train(config(run_name="a", cross_layer=targets, **common), quiet=True)
+    with pytest.raises(UserError, match=named):
+        train(config(run_name="c", finetune=str(first), **settings, **common), quiet=True)
+    assert not (tmp_path / "c").exists()
+
+
 def test_resume_on_other_data_names_it(stored: Path, tmp_path: Path) -> None:
     common = {"save_dir": str(tmp_path), "max_steps": 2, "batch_size": 4}
     train(config(**common), SHAPES, loaded=shared("llava"), quiet=True)

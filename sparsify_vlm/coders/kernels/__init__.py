@@ -102,7 +102,7 @@ def _works(name: str, W: Tensor) -> bool:
 
 def _chosen(W: Tensor) -> Kernels:
     forced = os.environ.get(VARIABLE)
-    if forced is None:
+    if not forced:  # an empty variable is an unset one
         fastest = "compiled" if W.device.type == "cpu" else "triton"
         return path(fastest if _works(fastest, W) else "torch")
     if forced not in PATHS:
