@@ -245,6 +245,8 @@ def _settings(cfg: TrainConfig, clt: Clt, source: TokenSource, total: int | None
     coder = asdict(clt.cfg)
     del coder["training"]
     own = {name: value for name, value in asdict(cfg).items() if name not in _FREE}
+    if cfg.auxk_alpha:  # otherwise it is but a figure
+        own["dead_feature_threshold"] = cfg.dead_feature_threshold
     decays = cfg.optimizer != "signum"
     return {**own, "steps": total if decays else None, **coder, **source.identity}
 

@@ -220,6 +220,21 @@ def test_coders_whose_tensors_mean_something_else_are_no_start(
     assert not (tmp_path / "c").exists()
 
 
+def test_when_latents_are_dead_must_stay_where_auxk_trains_them(
+    stored: Path, tmp_path: Path
+) -> None:
+    common = {"activations": str(stored), "save_dir": str(tmp_path), "max_steps": 1}
+    for name, alpha in (("figure", 0.0), ("loss", 0.1)):
+        common |= {"run_name": name, "auxk_alpha": alpha}
+        train(config(dead_feature_threshold=500, **common), quiet=True)
+        changed = config(dead_feature_threshold=5, resume=True, **common)
+        if alpha:
+            with pytest.raises(UserError, match="dead_feature_threshold was 500"):
+                train(changed, quiet=True)
+        else:
+            train(changed, quiet=True)
+
+
 def test_resume_on_other_data_names_it(stored: Path, tmp_path: Path) -> None:
     common = {"save_dir": str(tmp_path), "max_steps": 2, "batch_size": 4}
     train(config(**common), SHAPES, loaded=shared("llava"), quiet=True)
