@@ -84,6 +84,7 @@ def test_decode(table: str, aligned: int) -> None:
 def test_backward(moments: str, adam: bool, decay: bool, dots: bool, width: int) -> None:
     constants = {"ADAM": adam, "DECAY": decay, "DOTS": dots, **launch._row_tiles(width)}
     types = {"W": "*fp32", "G": "*fp32", "exp_avg": moments, "exp_avg_sq": moments}
+    types |= {"row_keys": "*i32", "column_keys": "*i32"}
     made = compiled("backward", constants, types, {})
     assert width < 512 or "ld.global.v4.b32" in made.asm["ptx"]
 

@@ -324,12 +324,15 @@ def test_states_of_a_process() -> None:
     assert own.state() is peer.state() is State.RUNS
     assert not Peer(1, "another machine", 0).is_near
     assert Peer(child.pid, own.place, started_at - 1).state() is State.GONE
-    os.kill(child.pid, signal.SIGSTOP)
-    time.sleep(0.1)
-    assert peer.state() is State.STOPPED
-    os.kill(child.pid, signal.SIGKILL)
-    time.sleep(0.1)
-    assert peer.state() is State.GONE  # a zombie: nobody has waited for it yet
+    for signal_, expected in (
+        (signal.SIGSTOP, State.STOPPED),
+        (signal.SIGKILL, State.GONE),  # a zombie: nobody has waited for it yet
+    ):
+        os.kill(child.pid, signal_)
+        end = time.monotonic() + 20
+        while peer.state() is not expected and time.monotonic() < end:
+            time.sleep(0.02)
+        assert peer.state() is expected
     child.join()
 
 
