@@ -272,7 +272,8 @@ def triton_kernels() -> Kernels:
     return TritonKernels()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print; `argv` None: the command line's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sources", type=int)
@@ -284,7 +285,7 @@ def main() -> None:
         "--skew", type=float, default=1.0, help="spread of the latents' frequencies; 0: all alike"
     )
     parser.add_argument("--repeats", type=int, default=20)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     triton = launch.available(device)
     size = (16, 8192, 4096, 32, 4096) if device.type == "cuda" else (4, 1024, 256, 16, 512)

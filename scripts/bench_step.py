@@ -4,6 +4,7 @@
     python scripts/bench_step.py --config B --rounds 3 --check
     python scripts/bench_step.py --config A --kernels eager torch --select fp32 bf16
     python scripts/bench_step.py --config A --json runs/bench/step.json
+    python scripts/bench_step.py --device cuda         # and one layer of LLaVA's size
 
 A step is forward, backward and Adam in float32. The systems take turns in one process, so that a
 busy machine slows all of them alike:
@@ -27,6 +28,7 @@ import json
 import sys
 from typing import Any
 
+import bench_kernels
 import torch
 from bench import machine, memory
 from bench.measure import CHECKED_STEPS, Comparison, compare, in_turn, peak_of, results
@@ -53,6 +55,8 @@ def main() -> None:
             _print_memory(args)
             return
         equal = _benchmark(args)
+        if torch.device(args.device).type == "cuda":  # one layer of LLaVA's size
+            bench_kernels.main(["--device", args.device])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
