@@ -363,9 +363,14 @@ def test_ctrl_c_ends_it_quietly(folder: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"SPARSIFY_VLM_HOOK": "0"},
+        # A job in the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
-        assert process.stdout is not None
-        assert "is shown at http://127.0.0.1:" in process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=20)
+        try:
+            assert process.stdout is not None
+            assert "is shown at http://127.0.0.1:" in process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert (process.returncode, error) == (0, "")
