@@ -13,7 +13,6 @@ from typing import Any
 from sparsify_vlm.errors import UserError
 
 ACTIVATIONS = ("topk", "batchtopk", "groupmax", "relu", "jumprelu")
-TRAINABLE_ACTIVATIONS = ACTIVATIONS
 WITHOUT_K = ("relu", "jumprelu")
 COALESCE = ("none", "concat", "per-layer")
 INPUT_SITES = ("mlp_in", "resid_mid", "mlp_out")
@@ -123,7 +122,7 @@ class CltConfig:
             (
                 self.activation in ACTIVATIONS,
                 f"activation '{self.activation}' is not supported; "
-                f"trained here: {', '.join(TRAINABLE_ACTIVATIONS)}",
+                f"choose one of {', '.join(ACTIVATIONS)}",
             ),
             (
                 1 <= self.k <= self.num_latents,

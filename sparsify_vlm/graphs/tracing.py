@@ -26,14 +26,14 @@ from sparsify_vlm.data.rows import IMAGE_MARK, Sample, Turn
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.files import write_tensors
 from sparsify_vlm.graphs.attribution import attribute
-from sparsify_vlm.graphs.config import ReplacedConfig, TraceConfig, in_bytes
+from sparsify_vlm.graphs.config import TraceConfig, in_bytes
 from sparsify_vlm.graphs.effects import patch_grid, total_effects
 from sparsify_vlm.graphs.export import EXAMPLES_FORMAT, Story, check_slug, export_graph, slug_of
 from sparsify_vlm.graphs.graph import AttributionGraph
 from sparsify_vlm.graphs.stored import METADATA
 from sparsify_vlm.graphs.targets import Difference, Target
-from sparsify_vlm.models import LoadedModel, Role, load_model
-from sparsify_vlm.replacement import VLMReplacementModel
+from sparsify_vlm.models import LoadedModel, Role
+from sparsify_vlm.replacement.loading import load_replacement
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,7 +52,7 @@ def trace(cfg: TraceConfig) -> Path:
     Raises `UserError` for whatever of `cfg` cannot be used.
     """
     _check_given(cfg)
-    model = load_replacement(cfg, cfg.clt)
+    model = load_replacement(cfg, load_clt(cfg.clt), cfg.clt)
     asked = ask(cfg, model.loaded)
     graph = attribute(
         model,
@@ -86,25 +86,6 @@ def trace(cfg: TraceConfig) -> Path:
     print(summary(graph, asked, answer))
     print(f"\nWritten to {folder}. `sparsify-vlm verify {folder}` checks it by intervention.")
     return folder
-
-
-def load_replacement(cfg: ReplacedConfig, clt_or_path: str) -> VLMReplacementModel:
-    """The coder in its model, as the flags say."""
-    clt = load_clt(clt_or_path)
-    name = cfg.model or clt.cfg.model
-    if name is None:
-        raise UserError(f"{clt_or_path} does not say which model it was trained on: give --model")
-    loaded = load_model(
-        name,
-        cfg.device,
-        cfg.dtype,
-        revision=cfg.revision or (clt.cfg.revision if name == clt.cfg.model else None),
-        trust_remote_code=cfg.trust_remote_code,
-        token=cfg.hf_token,
-        load_in_8bit=cfg.load_in_8bit,
-        load_in_4bit=cfg.load_in_4bit,
-    )
-    return VLMReplacementModel.from_pretrained(loaded, clt)
 
 
 # ---- what is asked

@@ -21,14 +21,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparsify_vlm.coders import load_clt
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.files import write_json
 from sparsify_vlm.graphs.config import VerifyConfig
 from sparsify_vlm.graphs.effects import changes_without, total_effects
 from sparsify_vlm.graphs.graph import AttributionGraph
-from sparsify_vlm.graphs.tracing import INPUTS, INPUTS_FORMAT, load_replacement
+from sparsify_vlm.graphs.tracing import INPUTS, INPUTS_FORMAT
 from sparsify_vlm.replacement import Intervention, LocalModel, VLMReplacementModel
 from sparsify_vlm.replacement.interventions import Intervened
+from sparsify_vlm.replacement.loading import load_replacement
 
 FORMAT, VERSION, OUTPUT = "sparsify-vlm verification", 1, "verify.json"
 EXACT = 1e-4
@@ -111,7 +113,7 @@ def verify(cfg: VerifyConfig) -> Verification:
     clt = cfg.clt or graph.info.get("clt")
     if clt is None:
         raise UserError(f"{folder} does not say which coder it was made with: give --clt")
-    model = load_replacement(cfg, clt)
+    model = load_replacement(cfg, load_clt(clt), clt)
     found = verify_graph(model, graph, inputs, cfg, name=str(folder))
     told = {
         "format": FORMAT,

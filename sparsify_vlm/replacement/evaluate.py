@@ -26,11 +26,12 @@ from sparsify_vlm.coders import load_clt
 from sparsify_vlm.data import DataConfig, EncodedBatch, batches, open_samples, prefetched
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.files import check_output, has_format, write_json, write_text
-from sparsify_vlm.models import ROLE_NAMES, Role, TokenTable, load_model, record_tokens
+from sparsify_vlm.models import ROLE_NAMES, Role, TokenTable, record_tokens
 from sparsify_vlm.progress import Progress
 from sparsify_vlm.replacement.ablation import Ablation
 from sparsify_vlm.replacement.answers import answer_samples, reference_answers
 from sparsify_vlm.replacement.config import EvaluateConfig
+from sparsify_vlm.replacement.loading import load_replacement
 from sparsify_vlm.replacement.measures import (
     ARMS,
     AnswerCounts,
@@ -61,20 +62,7 @@ def evaluate(cfg: EvaluateConfig) -> Figures:
     if cfg.filter_bos is not None:
         clt.cfg.training["filter_bos"] = cfg.filter_bos
     clt.cfg.input_site = cfg.input_site or clt.cfg.input_site
-    name = cfg.model or clt.cfg.model
-    if name is None:
-        raise UserError(f"{cfg.clt} does not say which model it was trained on: give --model")
-    loaded = load_model(
-        name,
-        cfg.device,
-        cfg.dtype,
-        revision=cfg.revision or (clt.cfg.revision if name == clt.cfg.model else None),
-        trust_remote_code=cfg.trust_remote_code,
-        token=cfg.hf_token,
-        load_in_8bit=cfg.load_in_8bit,
-        load_in_4bit=cfg.load_in_4bit,
-    )
-    model = VLMReplacementModel.from_pretrained(loaded, clt)
+    model = load_replacement(cfg, clt, cfg.clt)
     figures = measure(model, cfg)
     write_json(Path(cfg.output), figures)
     print_evaluation(figures)
