@@ -215,9 +215,7 @@ class Clt(nn.Module):
 
     def write_factor(self, s: int, t: int) -> float:
         """What all that layer `s` writes to layer `t` is multiplied with (`divide_cross_layer`)."""
-        if not self.cfg.divide_cross_layer or s == t:
-            return 1.0
-        return 1 / max(1, sum(source != t for source, _ in self.cfg.sources(t)))
+        return self.cfg.write_factor(s, t)
 
     def out_scale(self, t: int) -> float:
         """What the whole sum for layer `t`, bias included, is multiplied with (`normalize_io`)."""

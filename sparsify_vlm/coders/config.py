@@ -229,3 +229,9 @@ class CltConfig:
     def target_layers(self) -> range:
         """Layers that some coder writes to: all but the first `target_offset`."""
         return range(self.target_offset, self.n_layers)
+
+    def write_factor(self, source: int, target: int) -> float:
+        """What all that layer `source` writes to layer `target` is multiplied with."""
+        if not self.divide_cross_layer or source == target:
+            return 1.0
+        return 1 / max(1, sum(other != target for other, _ in self.sources(target)))

@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 
 from sparsify_vlm.coders.clt import Clt
-from sparsify_vlm.coders.formats import circuit_tracer, eleuther
+from sparsify_vlm.coders.formats import circuit_tracer, eleuther, eleuther_stored
+from sparsify_vlm.coders.formats.stored import InMemory, StoredClt
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.hub import offline_if_unreachable
 
-__all__ = ["load_clt", "save_clt"]
+__all__ = ["InMemory", "StoredClt", "load_clt", "open_clt", "save_clt"]
 
 READERS = (eleuther, circuit_tracer)
+STORED = {eleuther: eleuther_stored.Stored, circuit_tracer: circuit_tracer.Stored}
 WANTED_FILES = ["*.json", "*.safetensors", "*.yaml"]
 
 
@@ -31,10 +33,15 @@ def load_clt(
     Raises `UserError` naming the file and the key if something is missing, has the wrong shape,
     is not finite, or is of a variant or version that is not supported.
     """
+    return open_clt(path_or_hub_id).load(device, dtype)
+
+
+def open_clt(path_or_hub_id: str | Path) -> StoredClt:
+    """Open a coder of any readable format to read it layer by layer; as `load_clt` otherwise."""
     folder = _local_folder(path_or_hub_id)
     for reader in READERS:
         if reader.recognises(folder):
-            return reader.load(folder, device, dtype)
+            return STORED[reader](folder)
     known = "; ".join(reader.DESCRIPTION for reader in READERS)
     raise UserError(f"{path_or_hub_id}: no coder checkpoint in a known format here ({known})")
 

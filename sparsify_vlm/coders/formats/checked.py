@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparsify_vlm.coders.formats.rows import Rows, stored_rows
 from sparsify_vlm.errors import UserError
 
 
@@ -31,6 +32,13 @@ class CheckedTensors:
 
     def read(self, key: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor `key`; `UserError` if it is missing, of another shape or not finite."""
+        self._check(key, shape)
+        tensor = self._file.get_tensor(key)
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{self.path}: tensor '{key}' holds NaN or infinite values")
+        return tensor
+
+    def _check(self, key: str, shape: tuple[int, ...]) -> None:
         if key not in self.keys:
             raise UserError(f"{self.path}: tensor '{key}' is missing")
         found = tuple(self._file.get_slice(key).get_shape())
@@ -38,10 +46,11 @@ class CheckedTensors:
             raise UserError(
                 f"{self.path}: tensor '{key}' has shape {list(found)}, expected {list(shape)}"
             )
-        tensor = self._file.get_tensor(key)
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{self.path}: tensor '{key}' holds NaN or infinite values")
-        return tensor
+
+    def rows(self, key: str, shape: tuple[int, ...]) -> Rows:
+        """Where the rows of a tensor lie in the file; its values are not looked at."""
+        self._check(key, shape)
+        return stored_rows(self.path, key)
 
     def dtype(self, key: str) -> torch.dtype:
         """The stored dtype of a tensor known to be there."""

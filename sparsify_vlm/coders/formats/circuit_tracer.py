@@ -11,12 +11,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
+from torch import Tensor
 
-from sparsify_vlm.coders.clt import Clt
 from sparsify_vlm.coders.config import CltConfig
 from sparsify_vlm.coders.formats.checked import CheckedTensors
+from sparsify_vlm.coders.formats.on_disk import OnDisk, Segment
 from sparsify_vlm.errors import UserError
 
 DESCRIPTION = "circuit-tracer's config.yaml with W_enc_0.safetensors"
@@ -31,27 +31,52 @@ def recognises(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and (folder / "W_enc_0.safetensors").is_file()
 
 
-def load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> Clt:
-    """Read the folder, layer by layer."""
-    n_layers = _count_layers(folder)
-    first = CheckedTensors(folder / "W_enc_0.safetensors")
-    F, d = first.shape("W_enc_0")
-    jumping = "threshold_0" in first.keys
-    config = CltConfig(
-        d_model=d,
-        hookpoints=[f"layers.{i}.mlp" for i in range(n_layers)],
-        num_latents=F,
-        k=F,
-        n_targets=n_layers,
-        activation="jumprelu" if jumping else "relu",
-        expansion_factor=max(1, F // d),
-        **_from_yaml(folder / "config.yaml"),
-    )
-    clt = Clt(config, device, dtype or first.dtype("W_enc_0"))
-    with torch.no_grad():
-        for s in range(n_layers):
-            _read_layer(clt, s, folder)
-    return clt
+class Stored(OnDisk):
+    """Two files per layer."""
+
+    format = "circuit-tracer"
+
+    def __init__(self, folder: Path) -> None:
+        n_layers = _count_layers(folder)
+        first = CheckedTensors(folder / "W_enc_0.safetensors")
+        F, d = first.shape("W_enc_0")
+        cfg = CltConfig(
+            d_model=d,
+            hookpoints=[f"layers.{i}.mlp" for i in range(n_layers)],
+            num_latents=F,
+            k=F,
+            n_targets=n_layers,
+            activation="jumprelu" if "threshold_0" in first.keys else "relu",
+            expansion_factor=max(1, F // d),
+            **_from_yaml(folder / "config.yaml"),
+        )
+        super().__init__(folder, cfg)
+        self.dtype = first.dtype("W_enc_0")
+
+    def _read(self, name: str, s: int, *shape: int) -> Tensor:
+        return CheckedTensors(self.path / f"W_enc_{s}.safetensors").read(f"{name}_{s}", shape)
+
+    def encoder(self, s: int) -> Tensor:
+        return self._read("W_enc", s, self.cfg.num_latents, self.cfg.d_model)
+
+    def encoder_bias(self, s: int) -> Tensor:
+        return self._read("b_enc", s, self.cfg.num_latents)
+
+    def threshold(self, s: int) -> Tensor | None:
+        if self.cfg.activation != "jumprelu":
+            return None
+        return self._read("threshold", s, self.cfg.num_latents)
+
+    def output_bias(self, t: int) -> Tensor:
+        return self._read("b_dec", t, self.cfg.d_model)
+
+    def decoder_segments(self, s: int) -> list[Segment]:
+        file = CheckedTensors(self.path / f"W_dec_{s}.safetensors")
+        shape = (self.cfg.num_latents, len(self.cfg.targets(s)), self.cfg.d_model)
+        return [Segment([file.rows(f"W_dec_{s}", shape)])]
+
+    def arrange(self, s: int, first: int, tables: Tensor) -> Tensor:
+        return tables[0]
 
 
 def _count_layers(folder: Path) -> int:
@@ -80,17 +105,3 @@ def _from_yaml(path: Path) -> dict[str, Any]:
     if hook_out not in OUTPUT_HOOKS:
         raise UserError(f"{path}: coders that write to '{hook_out}' are not supported")
     return {"input_site": INPUT_SITES[hook_in], "model": values.get("model_name")}
-
-
-def _read_layer(clt: Clt, s: int, folder: Path) -> None:
-    d, F = clt.cfg.d_model, clt.cfg.num_latents
-    encoder = CheckedTensors(folder / f"W_enc_{s}.safetensors")
-    clt.W_enc[s].copy_(encoder.read(f"W_enc_{s}", (F, d)))
-    clt.b_enc[s].copy_(encoder.read(f"b_enc_{s}", (F,)))
-    clt.b_dec[s].copy_(encoder.read(f"b_dec_{s}", (d,)))
-    if clt.cfg.activation == "jumprelu":
-        clt.threshold[s].copy_(encoder.read(f"threshold_{s}", (F,)))
-    decoder = CheckedTensors(folder / f"W_dec_{s}.safetensors")
-    tables = decoder.read(f"W_dec_{s}", (F, len(clt.cfg.targets(s)), d))
-    for k, W in enumerate(clt.W_dec[s]):
-        W.copy_(tables[:, k])

@@ -66,7 +66,7 @@ def recognises(folder: Path) -> bool:
 
 
 @dataclass
-class _Stored:
+class StoredConfig:
     """What the JSON files say, before any tensor is read."""
 
     folders: list[Path]  # one per layer with a coder, in order
@@ -77,10 +77,10 @@ class _Stored:
 
 def load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> Clt:
     """Read a checkpoint folder, layer by layer."""
-    stored = _read_config(folder)
+    stored = read_config(folder)
     files = [CheckedTensors(child / TENSORS) for child in stored.folders]
     config = stored.config
-    config.train_post_encoder = _post_encoder_wanted(stored, files)
+    config.train_post_encoder = post_encoder_wanted(stored, files)
     if dtype is None:
         dtype = files[0].dtype("encoder.weight") if "encoder.weight" in files[0].keys else None
     clt = Clt(config, device, dtype or torch.float32)
@@ -90,7 +90,7 @@ def load(folder: Path, device: str | torch.device, dtype: torch.dtype | None) ->
     return clt
 
 
-def _read_config(folder: Path) -> _Stored:
+def read_config(folder: Path) -> StoredConfig:
     sheet = _read_sheet(folder / SHEET) if (folder / SHEET).is_file() else None
     if sheet is not None:
         hookpoints, offset = sheet["hookpoints"], sheet["target_offset"]
@@ -113,7 +113,7 @@ def _read_config(folder: Path) -> _Stored:
     config = _clt_config(cfgs, folders[0] / CFG, hookpoints, offset, sheet or {})
     if sheet is None:
         _check_depths(folders, cfgs, config)
-    return _Stored(folders, cfgs, config, sheet is not None)
+    return StoredConfig(folders, cfgs, config, sheet is not None)
 
 
 def _read_sheet(path: Path) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def _check_depths(folders: list[Path], cfgs: list[dict[str, Any]], config: CltCo
             )
 
 
-def _post_encoder_wanted(stored: _Stored, files: list[CheckedTensors]) -> bool:
+def post_encoder_wanted(stored: StoredConfig, files: list[CheckedTensors]) -> bool:
     """Whether post-encoder biases are part of the coder: trained on here, or not all zero."""
     if stored.has_sheet and stored.config.train_post_encoder:
         return True
