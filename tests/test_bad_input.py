@@ -115,6 +115,8 @@ def test_unknown_flag(refused: Check, shelf: Path, out: Path) -> None:
         (["--layers", "0", "--layer_stride", "2"], ["--layers", "--layer_stride"]),
         (["--dataset_mix", "mix.yaml"], ["--dataset", "--dataset_mix"]),
         (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
+        (["--run_name", "../mine"], ["--run_name ../mine", "--save_dir"]),
+        (["--max_examples", str(10**30)], ["--max_examples", "choose a number"]),
     ],
 )
 def test_settings_that_do_not_go_together(

@@ -9,6 +9,9 @@ from sparsify_vlm.errors import UserError
 MAX_IMAGE_PIXELS = 89_478_485
 """Pillow's own limit against decompression bombs: a quarter of a gigabyte as 24-bit RGB."""
 
+MOST_ROWS = 2**53
+"""No dataset is longer, and every number up to here is a whole one in JSON."""
+
 
 @dataclass
 class DataConfig:
@@ -76,5 +79,7 @@ class DataConfig:
         for name in ("ctx_len", "max_image_pixels", "data_preprocessing_num_proc"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_examples is not None and self.max_examples < 1:
-            raise UserError(f"--max_examples must be at least 1, not {self.max_examples}")
+        if self.max_examples is not None and not 1 <= self.max_examples <= MOST_ROWS:
+            raise UserError(
+                f"--max_examples {self.max_examples}: choose a number from 1 to {MOST_ROWS}"
+            )

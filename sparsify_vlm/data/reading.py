@@ -97,7 +97,8 @@ class ShapesRows(Rows):
         arguments = {"text_only": text_only} | arguments
         try:
             self.dataset = ShapesDataset(split, **arguments)
-        except TypeError:
+            len(self.dataset)
+        except (TypeError, OverflowError):
             given = [f"{n}={value}" for n, value in arguments.items() if n != "text_only"]
             raise UserError(
                 "--data_args for shapes knows size and seed, whole numbers, and nothing like "

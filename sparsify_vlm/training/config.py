@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from simple_parsing import field
@@ -395,5 +396,7 @@ def _check_supported(cfg: TrainConfig) -> None:
             raise UserError(f"{what} is not supported yet: {instead}")
     if not cfg.init_seeds:
         raise UserError("--init_seeds needs one seed")
+    if cfg.run_name and (".." in Path(cfg.run_name).parts or Path(cfg.run_name).is_absolute()):
+        raise UserError(f"--run_name {cfg.run_name}: it names a folder inside --save_dir")
     if not -(2**63) <= cfg.seed < 2**63:
         raise UserError(f"--init_seeds {cfg.seed}: a seed has 64 bits, give a smaller number")
