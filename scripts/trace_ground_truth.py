@@ -41,6 +41,8 @@ from sparsify_vlm.data.shapes import COLOURS, GRID, Scene, ShapesDataset, render
 from sparsify_vlm.graphs import Difference
 from sparsify_vlm.graphs.effects import patch_grid, total_effects
 from sparsify_vlm.graphs.influence import influence
+from sparsify_vlm.graphs.pixels import pixel_effects
+from sparsify_vlm.models.pixels import pixel_grid
 from sparsify_vlm.replacement import LocalModel
 from sparsify_vlm.training import CoderConfig, RunConfig, TrainConfig, train
 
@@ -54,7 +56,10 @@ WHERE = {
     "influence": "influence (absolute, normalised)",
     "pruned_effect": "pruned graph (0.8 / 0.98): signed total effect",
     "pruned_influence": "pruned graph: influence",
+    "patches": "`--patches`: total effect of pixels, frozen vision tower",
+    "patches_plain": "`--patches --patch_gradient plain`",
     "gradient": "gradient × input on the plain model",
+    "pixel_gradient": "gradient × pixels on the plain model",
     "ablation": "ablating a cell's image tokens (causal ceiling)",
 }
 
@@ -225,6 +230,21 @@ class Study:
             (gradient,) = torch.autograd.grad(self._after(case, embeddings).sum(), embeddings)
         return (gradient * embeddings)[0].sum(-1).detach()
 
+    def _pixel_gradient(self, case: Case) -> Tensor:
+        pixels = case.inputs["pixel_values"].clone().requires_grad_()
+        with torch.enable_grad():
+            logits = self.loaded.model(**case.inputs | {"pixel_values": pixels}).logits[0, -1]
+            wanted = logits[self.tokens[case.colour]] - logits.mean()
+            (gradient,) = torch.autograd.grad(wanted, pixels)
+        grid = pixel_grid(self.loaded.stack.layout, case.inputs)
+        return self._at_tokens(case, grid.sums((gradient * pixels).detach())[0])
+
+    def _at_tokens(self, case: Case, patches: Tensor) -> Tensor:
+        """Values [S] of the patches' own tokens: in this model each patch is one."""
+        values = torch.zeros(case.inputs["input_ids"].shape[1])
+        values[self._image(case)] = patches
+        return values
+
     @torch.no_grad()
     def _ablation(self, case: Case) -> tuple[list[float], bool]:
         """What the answer loses [9] without each cell; whether it changes without the asked one."""
@@ -243,14 +263,20 @@ class Study:
     def where(self, case: Case) -> dict[str, Any]:
         """By method: values of the nine cells; and the asked one."""
         wanted = [self.tokens[case.colour]]
-        graph = attribute(self.model, case.inputs, targets=wanted, max_feature_nodes=self.nodes)
+        local = LocalModel(self.model, case.inputs)
+        graph = attribute(self.model, local, targets=wanted, max_feature_nodes=self.nodes)
         pruned = replace(graph, edges=_kept(graph))
         by_token = {
             "effect": total_effects(graph)[0, graph.token_nodes],
             "influence": graph.node_influence()[graph.token_nodes],
             "pruned_effect": total_effects(pruned)[0, graph.token_nodes],
             "pruned_influence": influence(pruned.edges, graph.weights)[graph.token_nodes],
+            "patches": self._at_tokens(case, pixel_effects(local, graph).effects[0]),
+            "patches_plain": self._at_tokens(
+                case, pixel_effects(local, graph, gradient="plain").effects[0]
+            ),
             "gradient": self._gradient(case),
+            "pixel_gradient": self._pixel_gradient(case),
         }
         values = {name: cell_sums(graph, v).tolist() for name, v in by_token.items()}
         values["ablation"], flips = self._ablation(case)

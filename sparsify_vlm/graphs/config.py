@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from sparsify_vlm.errors import UserError
+
+PatchGradient = Literal["frozen", "plain"]
+PATCH_GRADIENTS: tuple[str, ...] = get_args(PatchGradient)
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
@@ -93,6 +97,13 @@ class TraceConfig(ReplacedConfig):
     difference: list[str] = field(default_factory=list)
     """Explain the logit of the first of two tokens minus that of the second."""
 
+    patches: bool = False
+    """Attribute image tokens on to the patches of pixels, through the vision tower."""
+
+    patch_gradient: PatchGradient = "frozen"
+    """Gradient through the vision tower, for --patches: frozen (attention patterns and norm scales
+    are constants) or plain."""
+
     memory: str = "4GiB"
     """Memory for rows and gradients, beside model and coder."""
 
@@ -121,6 +132,12 @@ class TraceConfig(ReplacedConfig):
             raise UserError("--scene takes a number from 0, and no --image beside it")
         if self.scene is None and not self.prompt:
             raise UserError("--prompt is missing: what is the model asked?")
+        if self.patch_gradient not in PATCH_GRADIENTS:
+            raise UserError(
+                f"--patch_gradient {self.patch_gradient} is none of {', '.join(PATCH_GRADIENTS)}"
+            )
+        if self.patches and self.scene is None and not self.image:
+            raise UserError("--patches needs a picture: give --image or --scene")
         in_bytes("--memory", self.memory)
 
 

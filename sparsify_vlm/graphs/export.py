@@ -28,7 +28,7 @@ from sparsify_vlm import __version__
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.files import write_atomically, write_json
 from sparsify_vlm.graphs.effects import patch_grid, total_effects
-from sparsify_vlm.graphs.graph import AttributionGraph
+from sparsify_vlm.graphs.graph import AttributionGraph, PixelEffects
 from sparsify_vlm.models import Role
 
 if TYPE_CHECKING:
@@ -202,7 +202,8 @@ def _vlm(graph: AttributionGraph, story: Story, ids: list[str]) -> dict[str, Any
     effects = total_effects(graph)[:, graph.token_nodes]
     n_images = max(int(graph.images.max()) + 1, len(story.pictures))
     grids = [patch_grid(graph, i) for i in range(n_images)]
-    return {
+    pixels = {} if graph.pixels is None else _pixels(graph.pixels, ids[graph.target_nodes])
+    return pixels | {
         "format": FORMAT,
         "version": VERSION,
         "question": story.question,
@@ -240,6 +241,19 @@ def _vlm(graph: AttributionGraph, story: Story, ids: list[str]) -> dict[str, Any
             {"target": target, "image": i, "values": grid.of(effects[row]).tolist()}
             for row, target in enumerate(ids[graph.target_nodes])
             for i, grid in enumerate(grids)
+        ],
+    }
+
+
+def _pixels(pixels: PixelEffects, targets: list[str]) -> dict[str, Any]:
+    """What patches of pixels add; their grids are other than those of the image tokens."""
+    tables = [pixels.table(i) for i in range(len(pixels.grids))]
+    return {
+        "patch_gradient": pixels.gradient,
+        "pixel_effects": [
+            {"target": target, "image": i, "values": table[row].tolist()}
+            for row, target in enumerate(targets)
+            for i, table in enumerate(tables)
         ],
     }
 

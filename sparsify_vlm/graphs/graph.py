@@ -20,6 +20,30 @@ from sparsify_vlm.models import Role
 
 
 @dataclass
+class PixelEffects:
+    """Signed total effects of patches of pixels, made by `graphs.pixels.pixel_effects`."""
+
+    effects: Tensor
+    """[targets, patches]: over all paths; pictures one after the other, row by row."""
+    direct: Tensor
+    """[targets, patches]: over the targets' own edges to image tokens alone."""
+    outside: Tensor
+    """[targets]: of pixels that are no part of a picture (padding)."""
+    grids: Tensor
+    """int32 [images, 2]: rows and columns of each picture's patches."""
+    gradient: str
+    """`frozen` or `plain`, see `graphs.pixels`."""
+
+    def table(self, image: int = 0, values: Tensor | None = None) -> Tensor:
+        """[targets, rows, columns] of one picture; `values` takes the place of `effects`."""
+        counts = self.grids.prod(1).tolist()
+        first = sum(counts[:image])
+        rows, columns = self.grids[image].tolist()
+        chosen = self.effects if values is None else values
+        return chosen[:, first : first + counts[image]].view(-1, rows, columns)
+
+
+@dataclass
 class AttributionGraph:
     """Made by `attribute`. Sizes: n active features, m of them selected, L layers, S positions, N =
     m + L·S + S + targets nodes."""
@@ -56,6 +80,8 @@ class AttributionGraph:
     """bool [S]: where features and errors are no nodes."""
     info: dict[str, Any] = field(default_factory=dict)
     """Names of model and coder, prompt, sites."""
+    pixels: PixelEffects | None = None
+    """What patches of pixels add, where it was asked for."""
 
     @property
     def n_features(self) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.files import write_json, write_tensors
-from sparsify_vlm.graphs.graph import AttributionGraph
+from sparsify_vlm.graphs.graph import AttributionGraph, PixelEffects
 from sparsify_vlm.graphs.influence import Edges
 
 FORMAT, VERSION = "sparsify-vlm graph", 1
@@ -43,6 +43,15 @@ _SHAPES: dict[str, tuple[str | int, ...]] = {
 }
 """Every tensor with its sizes; a name stands for one number throughout the file."""
 
+_PIXELS: dict[str, tuple[str | int, ...]] = {
+    "pixel_effects": ("targets", "pixel_patches"),
+    "pixel_direct": ("targets", "pixel_patches"),
+    "pixel_outside": ("targets",),
+    "pixel_grids": ("pictures", 2),
+}
+"""The same for tensors that are there together or not at all."""
+_FIELD = len("pixel_")
+
 _EDGES = ("edge_target", "edge_source", "edge_weight")
 
 
@@ -53,6 +62,10 @@ def save(graph: AttributionGraph, folder: Path) -> Path:
     tensors["edge_target"] = edges.target.to(torch.int32)
     tensors["edge_source"] = edges.source.to(torch.int32)
     tensors["edge_weight"] = edges.weight
+    info = dict(graph.info)
+    if graph.pixels is not None:
+        tensors |= {k: getattr(graph.pixels, k[_FIELD:]) for k in _PIXELS}
+        info["patch_gradient"] = graph.pixels.gradient
     write_tensors(folder / TENSORS, tensors, {"format": FORMAT, "version": str(VERSION)})
     metadata = {
         "format": FORMAT,
@@ -61,7 +74,7 @@ def save(graph: AttributionGraph, folder: Path) -> Path:
         "tokens": graph.tokens,
         "targets": graph.target_labels,
         "scores": asdict(graph.scores()),
-        **graph.info,
+        **info,
     }
     write_json(folder / METADATA, metadata)
     return folder
@@ -77,14 +90,22 @@ def load(folder: Path) -> AttributionGraph:
     edges = Edges(
         tensors["edge_target"].long(), tensors["edge_source"].long(), tensors["edge_weight"], n
     )
-    known = ("format", "version", "n_nodes", "tokens", "targets", "scores")
+    known = ("format", "version", "n_nodes", "tokens", "targets", "scores", "patch_gradient")
     return AttributionGraph(
         edges=edges,
         tokens=metadata["tokens"],
         target_labels=metadata["targets"],
         info={k: v for k, v in metadata.items() if k not in known},
+        pixels=_pixels(tensors, metadata),
         **{k: tensors[k] for k in _SHAPES if k not in _EDGES},
     )
+
+
+def _pixels(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> PixelEffects | None:
+    if "pixel_effects" not in tensors:
+        return None
+    fields: dict[str, Any] = {k[_FIELD:]: tensors[k] for k in _PIXELS}
+    return PixelEffects(**fields, gradient=str(metadata.get("patch_gradient", "")))
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -116,15 +137,18 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(str(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: not readable as safetensors") from error
-    if missing := [name for name in _SHAPES if name not in tensors]:
+    wanted = [*_SHAPES, *(_PIXELS if _PIXELS.keys() & tensors.keys() else ())]
+    if missing := [name for name in wanted if name not in tensors]:
         raise UserError(f"{path} is damaged: '{missing[0]}' is missing")
     return tensors
 
 
 def _sizes(path: Path, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """The number behind each name in `_SHAPES`."""
+    """The number behind each name in `_SHAPES` and `_PIXELS`."""
     sizes: dict[str, int] = {}
-    for name, shape in _SHAPES.items():
+    for name, shape in (_SHAPES | _PIXELS).items():
+        if name not in tensors:
+            continue
         found = tuple(tensors[name].shape)
         fits = len(found) == len(shape) and all(
             got == (sizes.setdefault(size, got) if isinstance(size, str) else size)
@@ -151,9 +175,13 @@ def _check_contents(
         values = tensors[name]
         if bool(((values < 0) | (values >= limit)).any()):
             raise UserError(f"{path} is damaged: '{name}' points outside of the graph")
-    for name in ("edge_weight", "activation_values", "logit_probabilities"):
-        if not bool(tensors[name].isfinite().all()):
+    for name in ("edge_weight", "activation_values", "logit_probabilities", *_PIXELS):
+        if name in tensors and not bool(tensors[name].isfinite().all()):
             raise UserError(f"{path} is damaged: '{name}' is not finite")
+    if "pixel_grids" in tensors:
+        counts = tensors["pixel_grids"].prod(1)
+        if bool((counts < 0).any()) or int(counts.sum()) != sizes["pixel_patches"]:
+            raise UserError(f"{path} is damaged: 'pixel_grids' does not fit 'pixel_effects'")
     if (
         len(metadata["tokens"]) != sizes["positions"]
         or len(metadata["targets"]) != sizes["targets"]

@@ -30,13 +30,17 @@ from sparsify_vlm.graphs.config import TraceConfig, in_bytes
 from sparsify_vlm.graphs.effects import patch_grid, total_effects
 from sparsify_vlm.graphs.export import EXAMPLES_FORMAT, Story, check_slug, export_graph, slug_of
 from sparsify_vlm.graphs.graph import AttributionGraph
+from sparsify_vlm.graphs.pixels import patches_of, pixel_effects
 from sparsify_vlm.graphs.stored import METADATA
 from sparsify_vlm.graphs.targets import Difference, Target
 from sparsify_vlm.models import LoadedModel, Role
 from sparsify_vlm.replacement.loading import load_replacement
+from sparsify_vlm.replacement.local import LocalModel, freed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from sparsify_vlm.replacement import VLMReplacementModel
 
 INPUTS = "inputs.safetensors"
 """The processor's batch."""
@@ -54,15 +58,7 @@ def trace(cfg: TraceConfig) -> Path:
     _check_given(cfg)
     model = load_replacement(cfg, load_clt(cfg.clt), cfg.clt)
     asked = ask(cfg, model.loaded)
-    graph = attribute(
-        model,
-        asked.inputs,
-        max_n_logits=cfg.max_n_logits,
-        desired_logit_prob=cfg.desired_logit_prob,
-        max_feature_nodes=cfg.max_feature_nodes or None,
-        targets=_targets(cfg),
-        memory=in_bytes("--memory", cfg.memory),
-    )
+    graph = _graph(cfg, model, asked)
     answer = model.loaded.tokenizer.decode([int(graph.logits.argmax())])
     slug = cfg.slug or slug_of(asked.question, answer)
     folder = Path(cfg.output_dir or Path("graphs") / slug)
@@ -86,6 +82,23 @@ def trace(cfg: TraceConfig) -> Path:
     print(summary(graph, asked, answer))
     print(f"\nWritten to {folder}. `sparsify-vlm verify {folder}` checks it by intervention.")
     return folder
+
+
+def _graph(cfg: TraceConfig, model: VLMReplacementModel, asked: Asked) -> AttributionGraph:
+    options: dict[str, Any] = {
+        "max_n_logits": cfg.max_n_logits,
+        "desired_logit_prob": cfg.desired_logit_prob,
+        "max_feature_nodes": cfg.max_feature_nodes or None,
+        "targets": _targets(cfg),
+        "memory": in_bytes("--memory", cfg.memory),
+    }
+    if not cfg.patches:
+        return attribute(model, asked.inputs, **options)
+    with freed(LocalModel(model, asked.inputs)) as local:
+        patches_of(local)  # refuses at once what it cannot place
+        graph = attribute(model, local, **options)
+        graph.pixels = pixel_effects(local, graph, options["targets"], cfg.patch_gradient)
+    return graph
 
 
 # ---- what is asked
@@ -307,10 +320,19 @@ def summary(graph: AttributionGraph, asked: Asked, answer: str) -> str:
         "  layer  feature  position  token           role     activation   effect",
         *_feature_lines(graph, effects),
     ]
-    patches = _patch_lines(graph, effects)
-    return "\n".join(
-        [*lines, *(["", "  image  row  column   effect", *patches] if patches else [])]
-    )
+    heading = "  image  row  column   effect"
+    tokens = [patch_grid(graph, i).of(effects[graph.token_nodes]) for i in range(_n_images(graph))]
+    if patches := _patch_lines(tokens):
+        lines += ["", heading, *patches]
+    if graph.pixels is not None:
+        pixels = [graph.pixels.table(i)[0] for i in range(len(graph.pixels.grids))]
+        title = "Patches of pixels, through the vision tower:"
+        lines += ["", title, "", heading, *_patch_lines(pixels)]
+    return "\n".join(lines)
+
+
+def _n_images(graph: AttributionGraph) -> int:
+    return int(graph.images.max()) + 1
 
 
 def _feature_lines(graph: AttributionGraph, effects: Tensor) -> list[str]:
@@ -328,13 +350,12 @@ def _feature_lines(graph: AttributionGraph, effects: Tensor) -> list[str]:
     return lines
 
 
-def _patch_lines(graph: AttributionGraph, effects: Tensor) -> list[str]:
+def _patch_lines(tables: Sequence[Tensor]) -> list[str]:
+    """The largest entries of tables [rows, columns], one for each picture."""
     found = []
-    for image in range(int(graph.images.max()) + 1):
-        grid = patch_grid(graph, image)
-        values = grid.of(effects[graph.token_nodes])
+    for image, values in enumerate(tables):
         for place in range(values.numel()):
-            row, column = divmod(place, grid.columns)
+            row, column = divmod(place, values.shape[1])
             found.append((float(values[row, column]), image, row, column))
     found.sort(key=lambda one: -abs(one[0]))
     return [f"  {i:>5}  {r:>3}  {c:>6}  {value:>+7.3f}" for value, i, r, c in found[:SHOWN]]

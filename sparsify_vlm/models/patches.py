@@ -74,7 +74,8 @@ def _images(inputs: Inputs) -> int:
     return 0 if pixels is None else len(pixels)
 
 
-def _sizes(inputs: Inputs) -> list[tuple[int, int]]:
+def image_sizes(inputs: Inputs) -> list[tuple[int, int]]:
+    """(height, width) of every picture, where the batch says so."""
     sizes = inputs.get("image_sizes")
     if sizes is None:
         return []
@@ -93,10 +94,10 @@ def _clip(config: Any, inputs: Inputs) -> list[Tensor]:
 
 def _pixtral(config: Any, inputs: Inputs) -> list[Tensor]:
     patch = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
-    return [grid(height // patch, width // patch) for height, width in _sizes(inputs)]
+    return [grid(height // patch, width // patch) for height, width in image_sizes(inputs)]
 
 
-def _anyres_grid(config: Any, size: tuple[int, int]) -> tuple[int, int]:
+def anyres_grid(config: Any, size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of the unpadded fine grid of one image."""
     from transformers.image_processing_utils import select_best_resolution
 
@@ -109,15 +110,15 @@ def _anyres_grid(config: Any, size: tuple[int, int]) -> tuple[int, int]:
 def _llava_next(config: Any, inputs: Inputs) -> list[Tensor]:
     base = _side(config.vision_config) ** 2 + (config.vision_feature_select_strategy == "full")
     return [
-        torch.cat([nowhere(base), grid_with_newlines(*_anyres_grid(config, size))])
-        for size in _sizes(inputs)
+        torch.cat([nowhere(base), grid_with_newlines(*anyres_grid(config, size))])
+        for size in image_sizes(inputs)
     ]
 
 
 def _onevision(config: Any, inputs: Inputs) -> list[Tensor]:
     side = _side(config.vision_config)
     counts = inputs.get("batch_num_images")
-    sizes = _sizes(inputs)
+    sizes = image_sizes(inputs)
     per_sample = [1] * len(sizes) if counts is None else [int(n) for n in counts]
     alone = [n == 1 for n in per_sample for _ in range(n)]
     out = []
@@ -125,7 +126,7 @@ def _onevision(config: Any, inputs: Inputs) -> list[Tensor]:
         if not single:  # several images in one sample: one square and one newline token each
             out.append(torch.cat([grid(side, side), nowhere(1)]))
             continue
-        rows, cols = _anyres_grid(config, size)
+        rows, cols = anyres_grid(config, size)
         limit = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
         ratio = math.sqrt(rows * cols / (limit * side**2))
         if ratio > 1.1:
@@ -249,6 +250,16 @@ class ImageLayout:
         first = first.scatter_reduce(0, rows, owner, "amin")
         out[mask] = (owner - first[rows]).short()
         return out
+
+    def tile_places(self, inputs: Inputs) -> list[list[tuple[int, int] | None]]:
+        """For every picture of Idefics3 and SmolVLM the (row, column) of each of its tiles; None
+        for the whole of it, seen small."""
+        marks = self._marks(self._cells(inputs) or [], inputs)
+        found, start = [], 0
+        for n in _tiles_per_image(marks):
+            found.append(marks[start : start + n])
+            start += n
+        return found
 
     def _mask(self, inputs: Inputs) -> Tensor:
         if self.image_id is None:

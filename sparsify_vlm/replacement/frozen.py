@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -75,10 +75,11 @@ class Record:
 class Freezer:
     """Runs one model with frozen patterns and scales."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        decoder = loaded.model.get_decoder()
-        self.norms = [m for m in decoder.modules() if is_norm(m)]
-        configs = [getattr(m, "config", None) for m in decoder.modules()]
+    def __init__(self, loaded: LoadedModel, modules: Iterable[nn.Module] | None = None) -> None:
+        """`modules`: those to be frozen; None: the decoder's."""
+        modules = list(loaded.model.get_decoder().modules() if modules is None else modules)
+        self.norms = [m for m in modules if is_norm(m)]
+        configs = [getattr(m, "config", None) for m in modules]
         self._configs: dict[int, Any] = {
             id(c): c for c in configs if hasattr(c, "_attn_implementation")
         }
@@ -184,12 +185,18 @@ class Freezer:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         def attention(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Any = None,
+            **options: Any,
         ) -> tuple[Tensor, Tensor | None]:
             pattern = None
             if measured:
                 with torch.no_grad():
-                    pattern = _eager(module)(module, query, key, value, mask, **options)[1]
+                    own = _eager(module)
+                    pattern = own(module, query, key, value, attention_mask, **options)[1]
             return attend(pattern, value), pattern
 
         was = {key: config._attn_implementation for key, config in self._configs.items()}

@@ -14,14 +14,14 @@ from sparsify_vlm.models import LoadedModel
 F, K = 40, 6
 
 
-def one_prompt(loaded: LoadedModel) -> dict[str, Any]:
+def one_prompt(loaded: LoadedModel, **options: Any) -> dict[str, Any]:
     """A question, about a picture in a VLM, through the family's processor."""
     image = FAMILIES[Path(loaded.name).name].image
     text = f"{image} what colour is the thing ? it is".strip()
     if not image:
         return dict(loaded.processor([text], return_tensors="pt"))
     pictures = [[picture(40, 24, seed=1)]]
-    return dict(loaded.processor(images=pictures, text=[text], return_tensors="pt"))
+    return dict(loaded.processor(images=pictures, text=[text], return_tensors="pt", **options))
 
 
 def random_coder(

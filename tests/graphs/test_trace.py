@@ -150,6 +150,28 @@ def test_pictures_and_grids_of_families(tmp_path, name, grid, size):
     assert Image.open(tmp_path / "g" / shown["file"]).size == size
 
 
+def test_patches_of_pixels(shelf, traced, tmp_path, capsys):
+    """The same graph, with what pixels add, in the folder, the page and the printed tables."""
+    out = tmp_path / "g"
+    assert run("trace", shelf / "clt", "--scene", 4, "--output_dir", out, "--patches") == 0
+    graph, plain = AttributionGraph.load(out), AttributionGraph.load(traced)
+    torch.testing.assert_close(graph.adjacency, plain.adjacency)
+    assert graph.pixels is not None
+    assert plain.pixels is None
+    vlm = slug_json(out)["metadata"]["vlm"]
+    assert vlm["patch_gradient"] == "frozen"
+    for row, one in zip(graph.pixels.table(0), vlm["pixel_effects"], strict=True):
+        assert one["values"] == row.tolist()
+    assert [one["target"] for one in vlm["pixel_effects"]] == [
+        one["target"] for one in vlm["patch_effects"]
+    ]
+    printed = capsys.readouterr().out
+    table = printed.split("Patches of pixels, through the vision tower:")[1].split("\n")[3]
+    strongest = graph.pixels.table(0)[0].abs().flatten().argmax()
+    assert table.split()[1:3] == [str(int(strongest) // 6), str(int(strongest) % 6)]
+    assert "pixel_effects" not in slug_json(traced)["metadata"]["vlm"]
+
+
 def test_a_text_model(shelf, tmp_path):
     out = tmp_path / "g"
     argv = ["--prompt", "what colour is the thing", "--target_tokens", "red", "blue"]
@@ -219,6 +241,14 @@ REFUSED = {
     "one token's difference": (
         ["{clt}", "--scene", "1", "--difference", "red"],
         "--difference takes two tokens, not 1",
+    ),
+    "no picture's patches": (
+        ["{clt}", "--prompt", "red", "--patches"],
+        "--patches needs a picture: give --image or --scene",
+    ),
+    "no such gradient": (
+        ["{clt}", "--scene", "1", "--patches", "--patch_gradient", "integrated"],
+        "--patch_gradient",
     ),
     "no size": (["{clt}", "--scene", "1", "--memory", "much"], "--memory 'much': give a size"),
     "no share": (
