@@ -132,10 +132,6 @@ class TraceConfig(ReplacedConfig):
             raise UserError("--scene takes a number from 0, and no --image beside it")
         if self.scene is None and not self.prompt:
             raise UserError("--prompt is missing: what is the model asked?")
-        if self.patch_gradient not in PATCH_GRADIENTS:
-            raise UserError(
-                f"--patch_gradient {self.patch_gradient} is none of {', '.join(PATCH_GRADIENTS)}"
-            )
         if self.patches and self.scene is None and not self.image:
             raise UserError("--patches needs a picture: give --image or --scene")
         in_bytes("--memory", self.memory)

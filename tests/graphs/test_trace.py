@@ -246,10 +246,6 @@ REFUSED = {
         ["{clt}", "--prompt", "red", "--patches"],
         "--patches needs a picture: give --image or --scene",
     ),
-    "no such gradient": (
-        ["{clt}", "--scene", "1", "--patches", "--patch_gradient", "integrated"],
-        "--patch_gradient",
-    ),
     "no size": (["{clt}", "--scene", "1", "--memory", "much"], "--memory 'much': give a size"),
     "no share": (
         ["{clt}", "--scene", "1", "--node_threshold", "80"],
