@@ -315,10 +315,12 @@ class Trainer:
         """Write the state of this step and publish the coders; all processes must call it.
 
         Raises `UserError` when the disk is full; the state before is then still there. Also when
-        no token was counted so far: coders that have learnt nothing are not published.
+        no token was counted so far: coders that have learnt nothing are not published. Nor are
+        weights that are not finite, which the loss shows only a step later.
         """
         if self.clock.tokens == 0:
             raise UserError(_no_token(self.step, self.source.skipped))
+        self._check_weights()
         if self.world.rank == 0:  # those that hold a coder together with the first process
             with disk_full_explained(self.run):
                 plain, tensors = state.of(self, ended)
@@ -329,6 +331,15 @@ class Trainer:
                 del tensors  # of a divided coder, copies
                 state.publish(self)
         self.world.barrier()
+
+    def _check_weights(self) -> None:
+        for name, weights in self.clt.named_parameters():
+            if not bool(weights.isfinite().all()):
+                raise UserError(
+                    f"{name} has NaN or infinite values after step {self.step}: the coders have "
+                    f"diverged, try a smaller --lr than {self.optimizers.lr:.2g}. "
+                    f"{self._last_kept()}"
+                )
 
     def load(self) -> bool:
         """Go on from the run's last state; whether that was the run's end. Publishes it again.

@@ -72,6 +72,17 @@ def test_overwriting_ends_before_it_has_saved(tmp_path: Path, killed: bool) -> N
     assert contents(tmp_path) == before
 
 
+def test_weights_that_are_not_finite_are_not_published(tmp_path: Path) -> None:
+    def spoil(line: dict[str, Any]) -> None:
+        if line["step"] == 10:
+            trainer.clt.b_enc[1].data[3] = torch.inf
+
+    trainer = toy_trainer(toy_config(tmp_path), on_step=spoil)
+    with pytest.raises(UserError, match=r"b_enc\.1 .* step 10: .* Step 5 is kept"):
+        trainer.fit()
+    assert json.loads((tmp_path / "unnamed" / "clt.json").read_text())["training"]["step"] == 5
+
+
 def test_resume_with_other_settings_names_the_field(tmp_path: Path) -> None:
     toy_trainer(toy_config(tmp_path)).fit()
     before = contents(tmp_path)
