@@ -22,7 +22,7 @@ LINE_STYLES = ["-", "--", ":", "-."]
 MARKS = ["o", "s", "^", "D"]
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure of `width` × `height` inches, drawn without a display."""
     try:
         from matplotlib import rc_context
@@ -53,7 +53,7 @@ def to_svg(figure: Figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _plain(axes: Any) -> None:
+def plain_axes(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -65,7 +65,7 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     Args:
         runs: name of the coder -> the lines of its metrics.jsonl (`step`, `fvu[role]`).
     """
-    figure = _new_figure(6.2, 3.4)
+    figure = new_figure(6.2, 3.4)
     axes = figure.subplots()
     for (name, lines), style in zip(runs.items(), LINE_STYLES, strict=False):
         for role in ("image", "text"):
@@ -78,7 +78,7 @@ def training_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     axes.set_yscale("log")
     axes.set_xlabel("training step")
     axes.set_ylabel("FVU, mean over layers")
-    _plain(axes)
+    plain_axes(axes)
     axes.legend(frameon=False, fontsize=8)
     return to_svg(figure)
 
@@ -89,7 +89,7 @@ def fvu_by_layer(coders: Mapping[str, Mapping[str, Sequence[float | None]]]) -> 
     Args:
         coders: name of the coder -> role ("image", "text") -> FVU per layer (None: not written).
     """
-    figure = _new_figure(9.6, 3.2)
+    figure = new_figure(9.6, 3.2)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, role in zip(panels, ("image", "text"), strict=True):
         for (name, by_role), colour, mark in zip(
@@ -101,7 +101,7 @@ def fvu_by_layer(coders: Mapping[str, Mapping[str, Sequence[float | None]]]) -> 
         axes.set_title(f"{role} tokens", fontsize=11)
         axes.set_xlabel("target layer")
         axes.set_xticks(range(len(next(iter(coders.values()))[role])))
-        _plain(axes)
+        plain_axes(axes)
     panels[0].set_ylabel("FVU on held-out scenes")
     panels[0].legend(frameon=False, fontsize=8)
     return to_svg(figure)
@@ -113,7 +113,7 @@ def decoder_heatmap(norms: Sequence[Sequence[float | None]]) -> str:
     Args:
         norms: [sources][targets] mean decoder norm in units of σ_t; None where nothing is written.
     """
-    figure = _new_figure(4.8, 4.0)
+    figure = new_figure(4.8, 4.0)
     axes = figure.subplots()
     grid = [[math.nan if v is None else v for v in row] for row in norms]
     image = axes.imshow(grid, cmap="viridis", vmin=0.0)

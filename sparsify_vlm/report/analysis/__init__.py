@@ -1,0 +1,1 @@
+"""Reports of `analyze` and `compare`: figures, wording, HTML and Markdown, from plain data."""
