@@ -14,6 +14,7 @@ from sparsify_vlm.analysis.bootstrap import (
     mean_interval,
     ratio_difference,
     ratio_interval,
+    student_point,
     tail,
     unpaired_difference,
 )
@@ -51,6 +52,13 @@ def test_expanded_percentiles():
     """t_5 = 2.5706: Φ(−√(6/5) · 2.5706) = 0.00243; with many clusters the usual 2.5 %."""
     assert tail(6) == pytest.approx(0.00243, abs=1e-5)
     assert tail(100_000) == pytest.approx(0.025, abs=1e-5)
+
+
+def test_points_of_student():
+    """Of the tables of t, two-sided 95 %."""
+    table = {1: 12.7062, 2: 4.3027, 7: 2.3646, 30: 2.0423, 100: 1.9840, 500: 1.9647, 501: 1.9647}
+    for freedom, point in table.items():
+        assert student_point(freedom) == pytest.approx(point, abs=1e-4)
 
 
 def test_ratio_of_sums_against_the_delta_method():

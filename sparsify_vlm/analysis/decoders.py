@@ -1,0 +1,121 @@
+"""All that the experiments on weights need of the decoders, from reading each of them once.
+
+Of the decoder of source layer s, [F, T, d] with T targets, what stays in memory is [F, T]: squared
+norms, and products with the decoder of the first target. The first target is the source's own
+layer; of a coder that reads x_l to write from y_{l+1} on, it is the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sparsify_vlm.coders import Clt, CltConfig
+from sparsify_vlm.coders.formats.stored import InMemory, StoredClt
+from sparsify_vlm.coders.kernels import compiled
+
+BLOCK_BYTES = 4 << 20
+"""Read at a time: it is still in the cache when it is worked on."""
+
+
+@dataclass(frozen=True)
+class SourceDecoders:
+    """The decoders of one source layer, as numbers per latent and target. All in y's units."""
+
+    source: int
+    targets: range
+    squared: Tensor
+    """[F, T]: ‖W_{s→t}[i]‖²."""
+    with_first: Tensor
+    """[F, T]: ⟨W_{s→t}[i], W_{s→first}[i]⟩."""
+    encoder_norm: Tensor
+    """[F]: ‖W_enc[i]‖."""
+
+    @property
+    def writes(self) -> Tensor:
+        """[F]: whether a latent writes anywhere."""
+        return self.squared.sum(1) > 0
+
+    def cosine(self) -> Tensor:
+        """[F, T] float64: cosine with the decoder of the first target; NaN where one is 0."""
+        squared = self.squared.double()
+        return self.with_first.double() / (squared * squared[:, :1]).sqrt()
+
+
+@dataclass(frozen=True)
+class Decoders:
+    """The decoders of all source layers."""
+
+    cfg: CltConfig
+    sources: Sequence[SourceDecoders]
+    warnings: Sequence[str] = ()
+    """What the reader found and did not use."""
+
+    @property
+    def writes_across(self) -> bool:
+        """Whether any coder has a target beside its first."""
+        return any(len(source.targets) > 1 for source in self.sources)
+
+
+Coder = StoredClt | Clt | Decoders
+
+
+def read_decoders(coder: Coder, watch: Callable[[int], None] = lambda _: None) -> Decoders:
+    """Read every layer's coder once, one block of `BLOCK_BYTES` at a time.
+
+    `watch(s)` is called before source layer `s` is read. What was read already is returned as it
+    is. Raises `UserError` naming the file and key of a tensor that is not finite.
+    """
+    if isinstance(coder, Decoders):
+        return coder
+    stored = InMemory(coder) if isinstance(coder, Clt) else coder
+    sources = []
+    for s in stored.cfg.source_layers():
+        watch(s)
+        sources.append(_source(stored, s))
+    return Decoders(stored.cfg, sources, tuple(stored.warnings))
+
+
+@torch.no_grad()
+def _source(stored: StoredClt, s: int) -> SourceDecoders:
+    targets = stored.cfg.targets(s)
+    shape = (stored.cfg.num_latents, len(targets))
+    squared, with_first = torch.empty(shape), torch.empty(shape)
+    for first, block in stored.decoder_blocks(s, BLOCK_BYTES, check=False):
+        if first == 0 and block.dtype == torch.float64:
+            squared, with_first = squared.double(), with_first.double()
+        rows = slice(first, first + len(block))
+        _products()(block, squared[rows], with_first[rows])
+    if not bool(torch.isfinite(squared).all()):
+        raise stored.not_finite(s)
+    norms = torch.linalg.vector_norm(stored.encoder(s), dim=1, dtype=squared.dtype)
+    return SourceDecoders(s, targets, squared, with_first, norms)
+
+
+def products(block: Tensor, squared: Tensor, with_first: Tensor) -> None:
+    """Fill `squared` and `with_first` [rows, T] from W [rows, T, d]."""
+    W = block.to(squared.dtype)
+    torch.linalg.vecdot(W, W, out=squared)
+    torch.linalg.vecdot(W, W[:, :1], out=with_first)
+
+
+def compiled_products(block: Tensor, squared: Tensor, with_first: Tensor) -> None:
+    """The same in one pass over the numbers. Needs numba, and tensors on the CPU."""
+    from sparsify_vlm.analysis.compiled_products import row_products
+
+    W = block.to(squared.dtype)
+    if W.stride(2) != 1:
+        W = W.contiguous()
+    (rows, targets, d), (of_row, of_target, _) = W.shape, W.stride()
+    spanned = (rows - 1) * of_row + (targets - 1) * of_target + d
+    flat = W.as_strided((spanned,), (1,))
+    row_products(flat.numpy(), of_row, of_target, d, squared.numpy(), with_first.numpy())
+
+
+@cache
+def _products() -> Callable[[Tensor, Tensor, Tensor], None]:
+    return compiled_products if compiled.available() else products
