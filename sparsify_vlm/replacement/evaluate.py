@@ -13,7 +13,7 @@ Sums are kept, never activations. docs/evaluate.md defines every figure.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -122,21 +122,26 @@ def measure(model: VLMReplacementModel, cfg: EvaluateConfig, *, quiet: bool = Fa
 
 def _open(cfg: EvaluateConfig, model: VLMReplacementModel) -> SampleSource:
     data = DataConfig(**{f.name: getattr(cfg, f.name) for f in fields(DataConfig)})
-    if not data.split:
-        own = data.dataset is None and data.dataset_mix is None
-        shapes = data.dataset == "shapes" or (own and model.loaded.name.startswith("tiny-"))
-        data = replace(data, split="heldout" if shapes else "validation")
-    return open_samples(data, model.loaded)
+    return open_samples(held_out(data, model.loaded.name), model.loaded)
+
+
+def held_out(data: DataConfig, model_name: str) -> DataConfig:
+    """`data` with a split where it names none: `heldout` of shapes, `validation` of others."""
+    if data.split:
+        return data
+    own = data.dataset is None and data.dataset_mix is None
+    shapes = data.dataset == "shapes" or (own and model_name.startswith("tiny-"))
+    return replace(data, split="heldout" if shapes else "validation")
 
 
 def _batches(
     source: SampleSource, model: VLMReplacementModel, cfg: EvaluateConfig, with_answer: bool = True
 ) -> Iterator[EncodedBatch]:
     made = batches(source, model.loaded, cfg.batch_size, cfg.ctx_len, with_answer=with_answer)
-    return prefetched(_with_masks(made))
+    return prefetched(with_masks(made))
 
 
-def _with_masks(made: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
+def with_masks(made: Iterator[EncodedBatch]) -> Iterator[EncodedBatch]:
     """The batches that have samples, their answers found in the thread that makes the batches.
 
     A tokenizer keeps its padding as a state: two threads that use it at once spoil each other's.
@@ -191,7 +196,7 @@ class _Sums:
             self._add_spliced("mean", asked, batch, self._constant(means))
 
     def _add_layers(self, table: TokenTable) -> None:
-        _check_finite(table, self.model)
+        check_finite(table.x, table.y, self.model.clt.cfg.hookpoints)
         counted = ~self.model.excluded.of(table.input_ids, table.position)
         self.excluded += int((~counted).sum())
         self.roles += torch.bincount(table.role[counted].cpu(), minlength=len(Role))
@@ -253,9 +258,10 @@ def scored_tokens(batch: EncodedBatch, roles: Tensor) -> Tensor:
     return scored
 
 
-def _check_finite(table: TokenTable, model: VLMReplacementModel) -> None:
-    fine = [values.isfinite().flatten(1).all(1).tolist() for values in (table.x, table.y)]
-    for name, *layer in zip(model.clt.cfg.hookpoints, *fine, strict=True):
+def check_finite(x: Tensor, y: Tensor, hookpoints: Sequence[str]) -> None:
+    """Raise `UserError` naming the layer whose x or y, both [L, T, d], is not finite."""
+    fine = [values.isfinite().flatten(1).all(1).tolist() for values in (x, y)]
+    for name, *layer in zip(hookpoints, *fine, strict=True):
         for what, good in zip(("input", "output"), layer, strict=True):
             if not good:
                 raise UserError(

@@ -148,6 +148,31 @@ def mean_over_layers(rows: Sequence[dict[str, float | None]]) -> dict[str, float
 
 
 @dataclass
+class PredictionTerms:
+    """What N predictions add to the figures above, each [N] float64; None without the model's own
+    predictions to compare with."""
+
+    cross_entropy: Tensor
+    kl: Tensor | None = None
+    same_top: Tensor | None = None
+
+
+def prediction_terms(logits: Tensor, labels: Tensor, own: Tensor | None = None) -> PredictionTerms:
+    """Terms of N predictions: logits [N, V], labels [N], the model's own log-probabilities [N, V].
+
+    Computed in the dtype of `own`, float32 without it.
+    """
+    log_q = logits.to(torch.float32 if own is None else own.dtype).log_softmax(-1)
+    cross_entropy = -log_q.gather(1, labels.long()[:, None])[:, 0].double()
+    if own is None:
+        return PredictionTerms(cross_entropy)
+    # Where p is 0 in float32 the term is 0, whatever q is.
+    terms = own.exp() * (own - log_q).masked_fill(own.isneginf(), 0.0)
+    same = log_q.argmax(-1) == own.argmax(-1)
+    return PredictionTerms(cross_entropy, terms.sum(1, dtype=torch.float64), same.double())
+
+
+@dataclass
 class Predictions:
     """Next-token predictions of one spliced model beside the model's own."""
 
@@ -162,17 +187,14 @@ class Predictions:
 
         Without the last only the cross-entropy is counted.
         """
-        log_q = logits.float().log_softmax(-1)
+        terms = prediction_terms(logits, labels, own)
         self.tokens += len(labels)
-        chosen = log_q.gather(1, labels.long()[:, None])
-        self._cross_entropy -= float(chosen.sum(dtype=torch.float64))
-        if own is None:
+        self._cross_entropy += float(terms.cross_entropy.sum())
+        if terms.kl is None or terms.same_top is None:
             return
         self._compared += len(labels)
-        # Where p is 0 in float32 the term is 0, whatever q is.
-        terms = own.exp() * (own - log_q).masked_fill(own.isneginf(), 0.0)
-        self._kl += float(terms.sum(dtype=torch.float64))
-        self._same_top += int((log_q.argmax(-1) == own.argmax(-1)).sum())
+        self._kl += float(terms.kl.sum())
+        self._same_top += int(terms.same_top.sum())
 
     @property
     def cross_entropy(self) -> float | None:
