@@ -23,6 +23,9 @@ KINDS = {
 }
 """Kinds of nodes by their `feature_type`; every other one is a feature."""
 
+MOST_PATCHES = 1024
+"""Along one side of a picture."""
+
 PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 
 
@@ -177,7 +180,9 @@ def _page(graph: Any) -> tuple[dict[str, Any], list[str]]:
         "nodes": nodes,
         "links": links,
         "repeated_ids": repeated,
-        "patch_effects": list(_patch_effects(vlm, numbers, images)),
+        "patch_effects": list(_tables("patch_effects", vlm, numbers, len(images))),
+        "pixel_effects": list(_tables("pixel_effects", vlm, numbers, len(images))),
+        "patch_gradient": str(vlm.get("patch_gradient") or ""),
     }
     return page, [image["file"] for image in images if image["file"]]
 
@@ -196,7 +201,7 @@ def _images(vlm: dict[str, Any]) -> list[dict[str, Any]]:
         _need(good, f"images[{i}].file {name!r} is not the name of a picture in the folder")
         for side in ("rows", "columns"):
             size = image.get(side)
-            good = isinstance(size, int) and 0 <= size <= 1024
+            good = isinstance(size, int) and 0 <= size <= MOST_PATCHES
             _need(good, f"images[{i}].{side} {size!r} is not a number of patches")
     return [{key: image[key] for key in ("file", "rows", "columns")} for image in images]
 
@@ -301,23 +306,29 @@ def _rank(node: dict[str, Any]) -> float:
     return {"token": -1.0, "logit": math.inf}.get(node["kind"], float(node["layer"]))
 
 
-def _patch_effects(
-    vlm: dict[str, Any], numbers: dict[str, int], images: list[dict[str, Any]]
+def _tables(
+    key: str, vlm: dict[str, Any], numbers: dict[str, int], n_images: int
 ) -> Iterator[dict[str, Any]]:
-    given = vlm.get("patch_effects", [])
-    _need(isinstance(given, list), "metadata.vlm.patch_effects is damaged")
+    """Tables of patches by target and image. Those of image tokens have their image's grid, those
+    of pixels the vision tower's, which may be finer."""
+    given = vlm.get(key, [])
+    _need(isinstance(given, list), f"metadata.vlm.{key} is damaged")
     for i, effect in enumerate(given):
         if not isinstance(effect, dict) or str(effect.get("target")) not in numbers:
-            raise _Bad(f"patch_effects[{i}].target is not a node")
+            raise _Bad(f"{key}[{i}].target is not a node")
         image: Any = effect.get("image")
         values: Any = effect.get("values")
-        good = isinstance(image, int) and 0 <= image < len(images)
-        _need(good, f"patch_effects[{i}].image is not one of the {len(images)} images")
+        good = isinstance(image, int) and 0 <= image < n_images
+        _need(good, f"{key}[{i}].image is not one of the {n_images} images")
         good = isinstance(values, list) and all(isinstance(row, list) for row in values)
         good = good and all(_is_number(value) for row in values for value in row)
-        size = (images[image]["rows"], images[image]["columns"])
+        if key == "patch_effects":
+            size = (vlm["images"][image]["rows"], vlm["images"][image]["columns"])
+        else:
+            size = (len(values), len(values[0]) if values else 0) if good else (0, 0)
+            good = good and max(size) <= MOST_PATCHES
         good = good and len(values) == size[0] and all(len(row) == size[1] for row in values)
-        _need(good, f"patch_effects[{i}].values is not a table of {size[0]} × {size[1]} numbers")
+        _need(good, f"{key}[{i}].values is not a table of {size[0]} × {size[1]} numbers")
         yield {"target": numbers[effect["target"]], "image": image, "values": values}
 
 

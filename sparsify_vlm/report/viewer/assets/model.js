@@ -78,8 +78,10 @@ export class Model {
       .map(([index, weight]) => ({ node: this.nodes[index], weight }));
   }
 
-  exactPatchEffects(index, image) {
-    return this.patch_effects.find((one) => one.target === index && one.image === image) || null;
+  // Tables of effects on a target in the whole graph: of image tokens, or of pixels.
+  exactPatchEffects(index, image, pixels = false) {
+    const tables = pixels ? this.pixel_effects : this.patch_effects;
+    return tables.find((one) => one.target === index && one.image === image) || null;
   }
 }
 

@@ -11,6 +11,7 @@ export class PictureView {
   constructor(state, pictures) {
     this.state = state;
     this.look = "heat";
+    this.pixels = false; // patches of pixels rather than image tokens, where the graph has them
     this.heading = el("h2");
     this.summary = el("p", { class: "summary", "aria-live": "polite" });
     this.readout = el("p", { class: "readout" });
@@ -20,8 +21,12 @@ export class PictureView {
     this.looks = el("div", { class: "segments", role: "group", "aria-label": "how the picture is shown" },
       ...[["heat", "Heat map"], ["plain", "Picture"]].map(([look, text]) =>
         el("button", { type: "button", "data-look": look, onclick: () => this.setLook(look) }, text)));
+    this.sources = el("div", { class: "segments", role: "group", "aria-label": "what patches stand for", hidden: !state.model.pixel_effects.length },
+      ...[["tokens", "Tokens", "each image token, as the language model reads it"],
+        ["pixels", "Pixels", "the picture's own pixels, through the vision tower"]].map(([source, text, title]) =>
+        el("button", { type: "button", title, "data-source": source, onclick: () => this.setSource(source) }, text)));
     this.root = el("section", { class: "picture", "aria-label": "picture" }, this.heading, this.summary,
-      this.figures.map((figure) => figure.root), this.legend, this.readout, this.looks, this.list);
+      this.figures.map((figure) => figure.root), this.legend, this.readout, this.looks, this.sources, this.list);
     state.onChange(() => this.update());
     this.setLook("heat");
   }
@@ -46,14 +51,34 @@ export class PictureView {
     this.update();
   }
 
+  setSource(source) {
+    this.pixels = source === "pixels";
+    this.update();
+  }
+
+  // The node whose tables of the whole graph are shown; -1 where the drawn links count instead.
+  get single() {
+    const { state } = this;
+    return state.subject.length === 1 && !state.direct ? state.subject[0] : -1;
+  }
+
+  // Whether pixels are shown: they are known for targets, over all paths.
+  get showsPixels() {
+    return this.pixels && this.hasPixels;
+  }
+
+  get hasPixels() {
+    return this.state.model.images.every((_, i) => this.state.model.exactPatchEffects(this.single, i, true));
+  }
+
   // Values of each picture's patches, and where they come from.
   maps() {
     const { state } = this;
     const { model } = state;
-    const single = state.subject.length === 1 && !state.direct ? state.subject[0] : -1;
     const { effect } = state.effects;
+    const pixels = this.showsPixels;
     return model.images.map((image, i) => {
-      const exact = model.exactPatchEffects(single, i);
+      const exact = model.exactPatchEffects(this.single, i, pixels);
       if (exact) return { values: exact.values, exact: true };
       const values = Array.from({ length: image.rows }, () => new Array(image.columns).fill(0));
       for (const node of model.tokenNode.values()) {
@@ -72,11 +97,20 @@ export class PictureView {
     const carriers = strong(patches, most);
     this.patches = patches;
     this.figures.forEach((figure, i) => {
-      draw(figure, maps[i].values, most, carriers.filter((patch) => patch.image === i));
+      const { values } = maps[i];
+      figure.drawn = { rows: values.length, columns: values.length ? values[0].length : 0 };
+      draw(figure, values, most, carriers.filter((patch) => patch.image === i));
     });
+    for (const button of this.sources.children) {
+      button.setAttribute("aria-pressed", String((button.dataset.source === "pixels") === this.showsPixels));
+      if (button.dataset.source === "pixels") button.disabled = !this.hasPixels;
+    }
     const chosen = this.state.chosen.map((i) => this.state.model.nodes[i]).filter((node) => node.kind === "token");
     for (const { token: { patch, image } } of chosen) {
-      if (patch) this.figures[image].overlay.append(svg("rect", { class: "chosen", x: patch[1], y: patch[0], width: 1, height: 1 }));
+      if (!patch) continue;
+      const { image: { rows, columns }, drawn, overlay } = this.figures[image];
+      const [height, width] = [drawn.rows / rows, drawn.columns / columns];
+      overlay.append(svg("rect", { class: "chosen", x: patch[1] * width, y: patch[0] * height, width, height }));
     }
     this.write(patches, carriers, most, maps.every((map) => map.exact));
   }
@@ -106,8 +140,9 @@ export class PictureView {
     this.legend.hidden = most === 0;
     clear(this.legend, el("div", { class: "scale" }), el("div", { class: "ends" },
       el("span", {}, `${signed(-most)} against`), el("span", {}, "0"), el("span", {}, `for ${signed(most)}`)),
-    el("p", { class: "note" }, exact
-      ? `In ${unit}: everything the patch's token does, on all paths of the whole graph.`
+    el("p", { class: "note" }, this.showsPixels
+      ? `In logits: everything the patch's pixels do, gradient × pixel through the vision tower${state.model.patch_gradient === "frozen" ? ", its attention patterns and norm scales held fixed" : ""}.`
+      : exact ? `In ${unit}: everything the patch's token does, on all paths of the whole graph.`
       : state.model.hasSigns
         ? `In ${answer ? "logits" : "units " + unit}: ${state.direct ? "direct links from the patches" : "all paths through this pruned graph"}.`
         : "Shares of influence, without signs: the graph's file holds no activations."));
@@ -152,7 +187,10 @@ export class PictureView {
     this.readout.textContent = `${patchName([row, column])}: ${signed(patch.value)}${share}`;
   }
 
-  nodeAt(image, row, column) {
+  // The image token at a patch; of patches of pixels, the one around its middle.
+  nodeAt(image, drawnRow, drawnColumn) {
+    const { image: { rows, columns }, drawn } = this.figures[image];
+    const [row, column] = [Math.floor((drawnRow + 0.5) * rows / drawn.rows), Math.floor((drawnColumn + 0.5) * columns / drawn.columns)];
     for (const node of this.state.model.tokenNode.values()) {
       const { patch, image: of } = node.token;
       if (patch && of === image && patch[0] === row && patch[1] === column) return node;
