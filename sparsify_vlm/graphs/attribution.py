@@ -28,6 +28,7 @@ from torch import Tensor
 
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.graphs.columns import Columns
+from sparsify_vlm.graphs.edge_list import EdgeList
 from sparsify_vlm.graphs.graph import AttributionGraph
 from sparsify_vlm.graphs.influence import Edges
 from sparsify_vlm.graphs.rows import Reads, RowMaker
@@ -39,8 +40,8 @@ from sparsify_vlm.replacement.local import LocalModel, freed
 ROUND = 256
 """Features that get their rows before influence is computed anew."""
 
-BATCH = 256
-"""Targets that go backwards together, at most."""
+TOGETHER = 4096
+"""Targets times positions that go backwards together: enough for matrix products to be quick."""
 
 BYTES, EDGE_BYTES = 4, 20
 """Of a number, and of an edge while the graph is made; half of all possible edges are there."""
@@ -89,7 +90,8 @@ def attribute(
         wanted = min(max_feature_nodes or columns.n_features, columns.n_features)
         _check_size(columns, wanted, memory)
         maker = RowMaker(local, columns, wanted + len(found.weights), memory // 4, fast)
-        tracer = _Tracer(local, columns, maker, batch_size or _batch_size(local, columns, memory))
+        most = _batch_size(local, columns, memory)
+        tracer = _Tracer(local, columns, maker, batch_size, most)
         if wanted == columns.n_features:
             return _graph(local, columns, found, *tracer.everything(found))
         held = HeldRows(columns.n_features, columns.n, memory // 4 // BYTES)
@@ -117,26 +119,32 @@ def _check_size(columns: Columns, wanted: int, memory: int) -> None:
 def _batch_size(local: LocalModel, columns: Columns, memory: int) -> int:
     """As many targets as fit: gradients, a few copies of them, and the sums by place."""
     d = local.stack.d_model
-    each = BYTES * (
-        local.n_positions * 6 * d + 2 * (local.n_positions * columns.n_slots + columns.n)
-    )
-    return max(1, min(BATCH, memory // 4 // each))
+    each = BYTES * (local.n_positions * 6 * d + 2 * columns.n)
+    return max(1, memory // 4 // each)
 
 
 class _Tracer:
-    def __init__(self, local: LocalModel, columns: Columns, maker: RowMaker, batch: int) -> None:
-        self.local, self.columns, self.maker, self.batch = local, columns, maker, batch
+    def __init__(
+        self,
+        local: LocalModel,
+        columns: Columns,
+        maker: RowMaker,
+        batch_size: int | None,
+        most: int,
+    ) -> None:
+        self.local, self.columns, self.maker = local, columns, maker
+        self.most = batch_size or most
+        self.together = TOGETHER if batch_size is None else batch_size * local.n_positions
 
     def everything(self, found: Targets) -> tuple[Tensor, Edges]:
         """All active features as nodes."""
-        n, N = self.columns.n_features, self.columns.n + len(found.weights)
+        n, edges = self.columns.n_features, EdgeList(self.columns.n + len(found.weights))
         features = torch.arange(n)
-        parts = [
-            _edges(places + first, rows, N)
-            for first, reads in ((0, self._feature_reads(features)), (self.columns.n, found.reads))
-            for places, rows in self._made(reads)
-        ]
-        return features, _joined(parts, N)
+        for first, reads in ((0, self._feature_reads(features)), (self.columns.n, found.reads)):
+            for places, rows in self._made(reads):
+                edges.add(places + first, rows)
+        self.columns.forget()
+        return features, edges.joined()
 
     def best(self, found: Targets, wanted: int, held: HeldRows) -> tuple[Tensor, Edges]:
         """The `wanted` most influential features as nodes."""
@@ -162,23 +170,20 @@ class _Tracer:
     def _made(self, reads: Reads) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of rows: (which of the targets, rows [T, columns] on the CPU). Targets of near
         positions go together, so that none carries positions it cannot look at."""
-        for places in reads.position.argsort(stable=True).split(self.batch):
+        order = reads.position.argsort(stable=True)
+        for places in order.split(self._sizes(reads.position[order].tolist())):
             yield places.cpu(), self.maker.rows(reads.at(places)).cpu()
 
-
-def _edges(targets: Tensor, rows: Tensor, n: int) -> Edges:
-    """Non-zero entries of rows [T, columns] of the nodes `targets`."""
-    target, source = rows.nonzero(as_tuple=True)
-    return Edges(targets[target], source, rows[target, source].float(), n)
-
-
-def _joined(parts: list[Edges], n: int) -> Edges:
-    """All edges, by target, then source."""
-    target = torch.cat([part.target for part in parts])
-    source = torch.cat([part.source for part in parts])
-    weight = torch.cat([part.weight for part in parts])
-    order = (target * n + source).argsort()
-    return Edges(target[order], source[order], weight[order], n)
+    def _sizes(self, positions: list[int]) -> list[int]:
+        """How many targets go together, for targets at ascending positions."""
+        sizes = [0]
+        for position in positions:
+            if sizes[-1] and (
+                sizes[-1] == self.most or (sizes[-1] + 1) * (position + 1) > self.together
+            ):
+                sizes.append(0)
+            sizes[-1] += 1
+        return sizes
 
 
 def _selected(held: HeldRows, columns: Columns, n_targets: int) -> tuple[Tensor, Edges]:
@@ -192,9 +197,9 @@ def _selected(held: HeldRows, columns: Columns, n_targets: int) -> tuple[Tensor,
     kept = node[held.held] >= 0
     targets = torch.where(held.nodes >= 0, node[held.nodes.clamp(min=0)], 0)
     targets[held.nodes < 0] = torch.arange(N - n_targets, N)
-    edges = _edges(targets, held.rows[:, kept], N)
-    edges.source = node[held.held[kept]][edges.source]
-    return selected, _joined([edges], N)
+    edges = EdgeList(N)
+    edges.add(targets, held.rows[:, kept], node[held.held[kept]])
+    return selected, edges.joined()
 
 
 def _graph(

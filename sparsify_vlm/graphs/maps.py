@@ -1,4 +1,4 @@
-"""Attention with frozen patterns as four matrix products per layer, for many gradients at once.
+"""Attention with frozen patterns as three matrix products per layer, for many gradients at once.
 
 Given patterns and scales, attention of one layer adds to the stream at q
 
@@ -35,50 +35,59 @@ def tolerance(dtype: torch.dtype) -> float:
 
 @dataclass
 class AttentionMap:
-    """One layer. V [values, d]; W [d, heads · width]; pattern [kv heads, group, S, S];
-    r, s [S]; reach [S]: the furthest position that any query up to here looks at."""
+    """One layer. V [values, d]; W [d, heads · width]; pattern [kv heads, group, S, S] with the
+    scales r and s in it."""
 
     V: Tensor
     W: Tensor
     pattern: Tensor
-    r: Tensor
-    s: Tensor
-    reach: Tensor
 
     @property
     def n_bytes(self) -> int:
-        """Size of the matrices."""
-        return (self.V.numel() + self.W.numel()) * self.V.element_size()
+        """Size of all three."""
+        return sum(x.numel() * x.element_size() for x in (self.V, self.W, self.pattern))
 
     def cross(self, gradients: Tensor) -> Tensor:
-        """From gradients [P, T, d] at the stream after attention to those [P', T, d] before it;
-        P' > P where tokens look ahead."""
-        P, T, d = gradients.shape
-        kv, group, *_ = self.pattern.shape
-        ahead = int(self.reach[P - 1]) + 1
-        flat = gradients.reshape(P * T, d)
-        heads = (flat @ self.W).view(P, T, kv, group, -1)
-        mixed = heads.permute(2, 3, 0, 1, 4).reshape(kv, group * P, -1)
-        pattern = self.pattern[:, :, :P, :ahead] * self.r[:P, None] * self.s[:ahead]
-        pattern = pattern.to(flat.dtype).view(kv, group * P, ahead)
-        values = torch.bmm(pattern.transpose(1, 2), mixed).view(kv, ahead, T, -1)
-        values = values.permute(1, 2, 0, 3).reshape(ahead * T, -1)
-        if ahead > P:
-            flat = torch.cat([flat, flat.new_zeros((ahead - P) * T, d)])
-        return torch.addmm(flat, values, self.V).view(ahead, T, d)
+        """Take gradients [T, P, d] at the stream after attention to before it, in place.
 
-    def cross_single(self, gradients: Tensor, positions: Tensor) -> Tensor:
-        """The same for gradients [T, d] that are each at one position: [P', T, d]."""
-        T, d = gradients.shape
-        kv, group, *_ = self.pattern.shape
-        ahead = int(self.reach[int(positions.max())]) + 1
-        heads = (gradients @ self.W).view(T, kv, group, -1).transpose(0, 1)
-        pattern = self.pattern[:, :, positions, :ahead] * self.r[positions, None] * self.s[:ahead]
-        values = torch.matmul(pattern.to(heads.dtype).permute(0, 2, 3, 1), heads)
-        values = values.permute(2, 1, 0, 3).reshape(ahead * T, -1)
-        found = (values @ self.V).view(ahead, T, d)
-        found[positions, torch.arange(T, device=positions.device)] += gradients
-        return found
+        P must reach as far as any of the targets' queries look. Nothing is copied: with the
+        positions last, heads and values are what the next product reads.
+        """
+        T, P, d = gradients.shape
+        kv, group = self.pattern.shape[:2]
+        flat = gradients.view(T * P, d)
+        heads = (self.W.T @ flat.T).view(kv, group, -1, P)
+        values = torch.bmm(heads[:, 0], self.pattern[:, 0, :P, :P])
+        for i in range(1, group):
+            values.baddbmm_(heads[:, i], self.pattern[:, i, :P, :P])
+        flat.addmm_(values.view(-1, T * P).T, self.V)
+        return gradients
+
+    def cross_single(self, gradients: Tensor, positions: Tensor, out: Tensor) -> None:
+        """The same for gradients [T, d] that are each at one position, into out [T, P, d]."""
+        T, P, _ = out.shape
+        written = self.through(gradients)
+        patterns = self.pattern.flatten(0, 1)[:, positions, :P]
+        torch.bmm(patterns.permute(1, 2, 0), written, out=out)
+        out[torch.arange(T, device=out.device), positions] += gradients
+
+    def through(self, gradients: Tensor) -> Tensor:
+        """Gradients [T, d] through each head alone, its pattern left out: [T, heads, d]."""
+        kv, group = self.pattern.shape[:2]
+        heads = (gradients @ self.W).view(len(gradients), kv, group, -1)
+        V = self.V.view(kv, 1, -1, self.V.shape[1])
+        return (heads.permute(1, 2, 0, 3) @ V).flatten(0, 1).transpose(0, 1)
+
+    def moved(self, stream: Tensor) -> Tensor:
+        """What each token's vector in stream [S, d] becomes at each position: [tokens, S, d]."""
+        kv, group, S = self.pattern.shape[:3]
+        values = (stream @ self.V.T).view(S, kv, 1, -1).permute(1, 2, 0, 3)
+        W = self.W.T.view(kv, group, -1, self.W.shape[0])
+        written = (values @ W).flatten(0, 1).transpose(0, 1)
+        made = torch.bmm(self.pattern.flatten(0, 1).permute(2, 1, 0), written)
+        here = torch.arange(S, device=made.device)
+        made[here, here] += stream
+        return made
 
 
 def attention_map(
@@ -95,10 +104,8 @@ def attention_map(
         return None
     (V, s), (W, r) = values, out
     pattern = call.pattern.view(kv, heads // kv, S, S)
-    here = torch.arange(S, device=pattern.device)
-    furthest = torch.where((call.pattern != 0).any(0), here, 0).amax(1)
-    reach = torch.maximum(furthest, here).cummax(0).values.cpu()
-    found = AttentionMap(V.to(dtype), W.to(dtype), pattern, r.to(dtype), s.to(dtype), reach)
+    pattern = pattern.to(dtype) * r.to(dtype)[:, None] * s.to(dtype)
+    found = AttentionMap(V.to(dtype), W.to(dtype), pattern)
     return found if _agrees(local, layer, segment, found) else None
 
 
@@ -143,9 +150,9 @@ def _read_off(
 
 def _agrees(local: LocalModel, layer: int, segment: Segment, found: AttentionMap) -> bool:
     generator = torch.Generator().manual_seed(1)
-    shape = (local.n_positions, 1, segment.mid.shape[-1])
+    shape = (1, local.n_positions, segment.mid.shape[-1])
     given = torch.randn(shape, generator=generator).to(segment.mid.device)
     given = given.to(found.V)
-    expected = local.cross(layer, given).to(found.V)
+    expected = local.cross(layer, given.transpose(0, 1)).to(found.V).transpose(0, 1)
     allowed = tolerance(segment.mid.dtype) * expected.abs().max()
     return bool((found.cross(given) - expected).abs().max() <= allowed)

@@ -2,14 +2,16 @@
 
 A batch of targets goes down the layers once. At layer l, from the top:
 
-1. G [positions, targets, d] is the gradient at the layer's output: its products with what is
+1. G [targets, positions, d] is the gradient at the layer's output: its products with what is
    written there (`Columns.tables`) are added to the rows.
 2. Through skip connections of the coder at l, gradients of the layers it writes to reach x_l.
 3. Targets that are read at l join, each with a gradient at its own position.
 4. Attention with its frozen pattern takes G to the layer's start, that is the output of layer l-1.
 
-At the bottom, ⟨G, embeddings⟩ is the tokens' column. Positions that no target of the batch can look
-at are left out: targets are sorted by position, and the patterns say how far each one looks.
+At the bottom, ⟨G, embeddings⟩ is the tokens' column; or, where there is room for it, one product
+with what the first layer's attention makes of every token at every position takes the place of its
+step 4. Positions that no target of the batch can look at are left out: targets are sorted by
+position, and the patterns say how far each one looks.
 """
 
 from __future__ import annotations
@@ -64,6 +66,8 @@ class RowMaker:
         self._maps: dict[int, AttentionMap | None] = {}
         self.device = local.errors.device
         self.dtype = torch.promote_types(local.errors.dtype, torch.float32)
+        self._reach = [_reach(segment.attention.pattern) for segment in local.segments]
+        self._bottom: Tensor | None = None
 
     def map(self, layer: int) -> AttentionMap | None:
         """The layer's matrices; None where autograd is to be used."""
@@ -74,103 +78,130 @@ class RowMaker:
             self._maps[layer] = found
         return found
 
+    def bottom(self, map: AttentionMap | None) -> Tensor | None:
+        """Every token at every position [tokens, S, d] after the first layer's attention; None
+        where it does not fit or there is no map of that layer."""
+        size = self.local.embeddings.numel() * self.local.n_positions * self.dtype.itemsize
+        if self._bottom is None and map is not None and size <= self._max_bytes // 2:
+            self._bottom = map.moved(self.local.embeddings.to(self.dtype))
+        return self._bottom
+
+    def n_positions(self, positions: Tensor) -> int:
+        """How many positions targets at `positions` can look at through all layers."""
+        last = int(positions.max())
+        for reach in reversed(self._reach):
+            last = int(reach[last])
+        return last + 1
+
     @torch.no_grad()
     def rows(self, reads: Reads) -> Tensor:
         """[T, columns] for one batch."""
         return _Descent(self, reads).rows()
 
 
+def _reach(pattern: Tensor) -> Tensor:
+    """[S]: the furthest position that any query up to here looks at. pattern [heads, S, S]."""
+    here = torch.arange(pattern.shape[1], device=pattern.device)
+    furthest = torch.where((pattern != 0).any(0), here, 0).amax(1)
+    return torch.maximum(furthest, here).cummax(0).values.cpu()
+
+
 class _Descent:
-    """One batch on its way down. Targets are kept in the order they join: by layer, descending."""
+    """One batch on its way down. Targets are kept in the order they join, by layer, descending:
+    the first `joined` rows of G are in use."""
 
     def __init__(self, maker: RowMaker, reads: Reads) -> None:
         self.maker, self.local, self.columns = maker, maker.local, maker.columns
         self.order = reads.layer.argsort(descending=True, stable=True)
         self.reads = reads.at(self.order)
-        T, S, d = len(reads), self.local.n_positions, self.local.stack.d_model
-        self.G = torch.zeros(0, 0, d, device=maker.device, dtype=maker.dtype)
-        self.slots = self.G.new_zeros(S, T, self.columns.n_slots)
-        self.errors = self.G.new_zeros(self.local.n_layers, S, T)
-        self.tokens = self.G.new_zeros(S, T)
+        T, P = len(reads), maker.n_positions(reads.position)
+        L, d = self.local.n_layers, self.local.stack.d_model
+        self.P, self.joined = P, 0
+        self.gradients = torch.zeros(T, P, d, device=maker.device, dtype=maker.dtype)
+        self.found = self.gradients.new_zeros(self.columns.n, T)
+        n, S = self.columns.n_features, self.local.n_positions
+        self.features, errors, self.tokens = self.found.split([n, L * S, S])
+        self.errors = errors.view(L, S, T)
         self.kept: dict[int, Tensor] = {}
         """Gradients at the layers' outputs, for coders with skip connections."""
 
+    @property
+    def G(self) -> Tensor:
+        """Gradients [joined targets, P, d]."""
+        return self.gradients[: self.joined]
+
     def rows(self) -> Tensor:
         local, L = self.local, self.local.n_layers
-        top = (self.reads.layer == L).nonzero()[:, 0]
-        if len(top):
-            vectors, positions = self.reads.vectors[top], self.reads.position[top]
+        if fresh := self._fresh(L):
+            vectors, positions = self.reads.vectors[fresh], self.reads.position[fresh]
             self._join(local.final_gradient(positions, vectors), positions)
         for layer in reversed(range(L)):
-            self._written(layer)
-            self._skipped(layer)
+            if self.joined:
+                self._written(layer)
+                self._skipped(layer)
             self._attended(layer)
-        P, T = self.G.shape[:2]
-        self.tokens[:P, :T] += self._products(self.local.embeddings[:P])
-        rows = self.columns.gathered(self.slots, self.errors, self.tokens)
-        return rows[self.order.argsort()]
+        self.features[self.columns.features[:, 1] >= self.P] = 0
+        return self.found.index_select(1, self.order.argsort()).T
+
+    def _fresh(self, layer: int) -> slice | None:
+        """The targets that are read at a layer."""
+        count = int((self.reads.layer == layer).sum())
+        return slice(self.joined, self.joined + count) if count else None
 
     def _products(self, vectors: Tensor) -> Tensor:
-        """⟨G, vectors⟩ [P, T] for vectors [P, d]."""
-        return torch.einsum("ptd,pd->pt", self.G, vectors.to(self.G))
+        """⟨G, vectors⟩ [P, joined] for vectors [S, d]."""
+        return torch.einsum("tpd,pd->pt", self.G, vectors[: self.P].to(self.gradients))
 
     def _join(self, gradients: Tensor, positions: Tensor) -> None:
-        """Add targets with gradients [T, d], each at one position."""
-        spread = self.G.new_zeros(int(positions.max()) + 1, len(positions), self.G.shape[2])
-        spread[positions, torch.arange(len(positions), device=positions.device)] = gradients.to(
-            self.G
-        )
-        self._append(spread)
-
-    def _append(self, more: Tensor) -> None:
-        P = max(len(self.G), len(more))
-        self.G = torch.cat([_extended(self.G, P), _extended(more, P)], dim=1)
+        """Targets with gradients [T, d], each at one position, come in."""
+        places = self.joined + torch.arange(len(positions), device=positions.device)
+        self.gradients[places, positions] = gradients.to(self.gradients)
+        self.joined += len(positions)
 
     def _written(self, layer: int) -> None:
-        P, T = self.G.shape[:2]
-        if not T:
-            return
-        for slots, table in self.columns.tables(layer):
-            vectors = table[:P].to(self.G.dtype).transpose(1, 2)
-            self.slots[:P, :T, slots] += torch.bmm(self.G, vectors)
-        self.errors[layer, :P, :T] = self._products(self.local.errors[layer, :P])
+        P, T = self.P, self.joined
+        for tables in self.columns.tables(layer):
+            self.features[tables.columns, :T] += tables.products(self.G)
+        self.errors[layer, :P, :T] = self._products(self.local.errors[layer])
         if layer in self.local.injected:
-            self.tokens[:P, :T] += self._products(self.local.injected[layer][:P])
+            self.tokens[:P, :T] += self._products(self.local.injected[layer])
 
     def _skipped(self, layer: int) -> None:
-        if self.local.clt.W_skip is None or not self.G.shape[1]:
+        if self.local.clt.W_skip is None:
             return
-        self.kept[layer] = self.G
-        P = len(self.G)
-        read = self.G.new_zeros(self.G.shape)
+        self.kept[layer] = self.G.clone()
+        read = torch.zeros_like(self.G)
         for target, M in self.local.skips(layer):
             if target in self.kept:
                 above = self.kept[target]
-                read[: len(above), : above.shape[1]] += above @ M.T.to(above)
-        self.G = self.G + self.local.read_gradients(layer, read)[:P].to(self.G)
+                read[: len(above)] += above @ M.T.to(above)
+        reached = self.local.read_gradients(layer, read.transpose(0, 1))[: self.P]
+        self.G.add_(reached.transpose(0, 1))
 
     def _attended(self, layer: int) -> None:
-        fresh = (self.reads.layer == layer).nonzero()[:, 0]
-        map = self.maker.map(layer)
-        joining = None
-        if len(fresh):
-            positions = self.reads.position[fresh]
-            vectors = self.reads.vectors[fresh]
-            joining = self.local.read_gradient(layer, positions, vectors).to(self.G)
-            if map is None:
-                self._join(joining, positions)
-        if map is None:
-            if self.G.shape[1]:
-                self.G = self.local.cross(layer, self.G).to(self.G)
-            return
-        if self.G.shape[1]:
-            self.G = map.cross(self.G)
-        if joining is not None:
-            self._append(map.cross_single(joining, positions))
+        fresh, map = self._fresh(layer), self.maker.map(layer)
+        bottom = self.maker.bottom(map) if layer == 0 else None
+        whole = map is None or bottom is not None
+        if map is not None and not whole and self.joined:
+            map.cross(self.G)
+        if fresh:
+            positions, vectors = self.reads.position[fresh], self.reads.vectors[fresh]
+            gradients = self.local.read_gradient(layer, positions, vectors)
+            if map is None or whole:
+                self._join(gradients, positions)
+            else:
+                map.cross_single(gradients.to(self.gradients), positions, self.gradients[fresh])
+                self.joined = fresh.stop
+        if map is None and self.joined:
+            crossed = self.local.cross(layer, self.G.transpose(0, 1))[: self.P]
+            self.G.copy_(crossed.transpose(0, 1))
+        if layer == 0:
+            self._tokens(bottom)
 
-
-def _extended(G: Tensor, positions: int) -> Tensor:
-    """G [P, T, d] with zeros up to `positions`."""
-    if len(G) == positions:
-        return G
-    return torch.cat([G, G.new_zeros(positions - len(G), *G.shape[1:])])
+    def _tokens(self, bottom: Tensor | None) -> None:
+        """What tokens add, by their embeddings or by what the first attention made of them."""
+        P, T = self.P, self.joined
+        if bottom is None:
+            self.tokens[:P, :T] += self._products(self.local.embeddings)
+        else:
+            self.tokens[:P, :T] += bottom[:P, :P].flatten(1) @ self.G.flatten(1).T
