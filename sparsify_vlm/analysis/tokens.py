@@ -41,6 +41,8 @@ ROLES = ("all", *GROUPS[1:])
 """What figures are given for."""
 STORE_BYTES = 128 << 20
 """x and y of a store that are in memory at a time, as float32."""
+BLOCK = 256
+"""Neighbouring rows that count as a sample where a store does not know its samples."""
 
 
 @dataclass
@@ -54,7 +56,7 @@ class TokenBatch:
     group: Tensor
     """Place in `GROUPS`, [T] uint8."""
     sample: Tensor
-    """Number of the token's sample, [T] int64, ascending; -1 where a store does not know it."""
+    """Number of the token's sample, [T] int64, ascending."""
     rows: Tensor
     """Samples of this batch, in order, [B] int64. One may have no counted token."""
     encoded: EncodedBatch | None = None
@@ -200,7 +202,10 @@ class ModelTokens(Tokens):
 
 
 class StoreTokens(Tokens):
-    """Tokens of an activation store, sample after sample in the order they were captured."""
+    """Tokens of an activation store, sample after sample in the order they were captured.
+
+    Where a store does not know its samples, blocks of neighbouring rows take their place.
+    """
 
     def __init__(
         self,
@@ -220,10 +225,11 @@ class StoreTokens(Tokens):
         start = 0
         while start < len(self.store):
             batch = self._whole_samples(start)
-            if self.max_samples is not None and int(batch.sample[0]) >= self.max_samples:
+            sample = self._samples(batch, start)
+            if self.max_samples is not None and int(sample[0]) >= self.max_samples:
                 return
             start += len(batch)
-            yield self._counted(batch)
+            yield self._counted(batch, sample)
 
     def _whole_samples(self, start: int) -> StoreBatch:
         """Rows from `start`, where a sample begins, to the last end of a sample in a block."""
@@ -233,13 +239,17 @@ class StoreTokens(Tokens):
             batch = self.store.rows(range(start, stop))
             if stop == len(self.store):
                 return batch
-            end = (batch.sample[1:] != batch.sample[:-1]) | (batch.sample[1:] < 0)
+            sample = self._samples(batch, start)
+            end = sample[1:] != sample[:-1]
             if bool(end.any()):
                 return _head(batch, int(end.nonzero()[-1, 0]) + 1)
             wanted *= 2
 
-    def _counted(self, batch: StoreBatch) -> TokenBatch:
-        sample = batch.sample.long()
+    def _samples(self, batch: StoreBatch, start: int) -> Tensor:
+        blocks = torch.arange(start, start + len(batch)) // BLOCK
+        return torch.where(batch.sample >= 0, batch.sample.long(), blocks)
+
+    def _counted(self, batch: StoreBatch, sample: Tensor) -> TokenBatch:
         wanted = torch.ones_like(sample, dtype=torch.bool)
         if self.max_samples is not None:
             wanted = sample < self.max_samples
@@ -252,7 +262,7 @@ class StoreTokens(Tokens):
         return TokenBatch(
             x=x.to(self.device),
             y=y.to(self.device),
-            group=token_groups(batch.role, sample)[kept].to(self.device),
+            group=token_groups(batch.role, batch.sample.long())[kept].to(self.device),
             sample=sample[kept].to(self.device),
             rows=sample[wanted].unique().to(self.device),
         )

@@ -66,7 +66,7 @@ def _decoders(cfg: CltConfig, make: Callable[[], nn.Parameter]) -> PerTarget:
 
 def _skips(cfg: CltConfig, make: Callable[[], nn.Parameter]) -> PerTarget:
     """W_skip[s][k]; of a coalesced coder each layer has only its own, k = 0."""
-    count = cfg.n_targets if cfg.coalesce_topk == "none" else 1
+    count = 1 if cfg.own_skip_only or cfg.coalesce_topk != "none" else cfg.n_targets
     return PerTarget(
         nn.ParameterList(make() for _ in cfg.targets(s)[:count]) for s in cfg.source_layers()
     )
@@ -273,17 +273,33 @@ class Clt(nn.Module):
             if self.cfg.topk_coalesced:
                 raise ValueError("with topk_coalesced what a layer writes depends on the others")
             written = self.written_values(s, k, latents)
-        u, t = Latents(written, latents.indices), self.cfg.targets(s)[k]
+        out = self.latent_write(s, k, Latents(written, latents.indices))
+        if self.skip(s, k) is None:
+            return out
+        if x_s is None:
+            raise ValueError("decoding a coder with a skip connection needs x")
+        return out + self.skip_write(s, k, x_s)
+
+    def latent_write(self, s: int, k: int, written: Latents) -> Tensor:
+        """What the latents of layer `s` alone add to ŷ of its k-th target, [T, d]: u_{s,k} as
+        `written` times the decoders."""
         first, *others = self.tables(s, k)
-        out = decode(u, first)
+        out = decode(written, first)
         for W in others:
-            out = out + decode(u, W)
-        if (W_skip := self.skip(s, k)) is not None:
-            if x_s is None:
-                raise ValueError("decoding a coder with a skip connection needs x")
-            out = out + self.skip_input(s, x_s) @ W_skip.T
+            out = out + decode(written, W)
+        t = self.cfg.targets(s)[k]
         factor = self.write_factor(s, t) * self.out_scale(t)
         return out if factor == 1 else out * factor
+
+    def skip_write(self, s: int, k: int, x_s: Tensor) -> Tensor:
+        """What the skip connection of layer `s` adds to ŷ of its k-th target, [T, d]; x_s [T, d].
+
+        Raises `ValueError` if this pair has none.
+        """
+        if (W_skip := self.skip(s, k)) is None:
+            raise ValueError(f"layer {s} has no skip connection to its target {k}")
+        t = self.cfg.targets(s)[k]
+        return self.skip_input(s, x_s) @ W_skip.T * (self.write_factor(s, t) * self.out_scale(t))
 
     def decode_target(
         self,

@@ -40,6 +40,9 @@ Write = Callable[[int, Tensor], "Tensor | None"]
 """`write(layer, x) -> y_hat`, both [B, S, d]; layer counts the coder's hookpoints. None keeps the
 layer's own MLP."""
 
+Decode = Callable[[int, Sequence["Latents | None"], Any], "Tensor | None"]
+"""`decode(target, latents by layer, x by layer) -> y_hat`; see `CrossLayerSums`."""
+
 
 class VLMReplacementModel:
     """A model whose MLPs are replaced by a cross-layer transcoder (or per-layer coders).
@@ -126,7 +129,7 @@ class VLMReplacementModel:
         """
         ablate = ablate or Ablation()
         ablate.check(self.clt.cfg)
-        sums = _CrossLayerSums(self.clt, ablate, training)
+        sums = CrossLayerSums(self.clt, _ablated(self.clt, ablate), training)
         with self.writing(sums.write):
             yield
 
@@ -191,11 +194,26 @@ class VLMReplacementModel:
             handle.remove()
 
 
-class _CrossLayerSums:
-    """ŷ of each layer in turn; holds the latents of the layers below in the same forward call."""
+def _ablated(clt: Clt, ablate: Ablation) -> Decode:
+    offset = clt.cfg.target_offset
 
-    def __init__(self, clt: Clt, ablate: Ablation, training: bool = False) -> None:
-        self.clt, self.cfg, self.ablate = clt, clt.cfg, ablate
+    def decode(t: int, latents: Sequence[Latents | None], x: Any) -> Tensor | None:
+        if t in ablate.layers:
+            return None
+        return clt.decode_target(t, latents, x, keep=lambda s: ablate.keeps(s, t, offset))
+
+    return decode
+
+
+class CrossLayerSums:
+    """ŷ of each layer in turn; holds the latents of the layers below in the same forward call.
+
+    `decode(t, latents, x)` makes ŷ_t [T, d] of the latents and x [T, d] of the layers that write to
+    t; None keeps the layer's own MLP. x is there for coders with a skip connection only.
+    """
+
+    def __init__(self, clt: Clt, decode: Decode, training: bool = False) -> None:
+        self.clt, self.cfg, self.decode = clt, clt.cfg, decode
         self.training = training
         self._latents: list[Latents | None] = [None] * self.cfg.n_layers
         self._x: list[Tensor | None] = [None] * self.cfg.n_layers
@@ -209,18 +227,9 @@ class _CrossLayerSums:
                 self._x[layer] = rows
         if layer not in self.cfg.target_layers():
             return None
-        y_hat = None if layer in self.ablate.layers else self._sum(layer)
+        y_hat = self.decode(layer, self._latents, self._x)
         self._forget(layer)
         return None if y_hat is None else y_hat.view(x.shape).to(x.device)
-
-    def _sum(self, layer: int) -> Tensor:
-        offset = self.cfg.target_offset
-        return self.clt.decode_target(
-            layer,
-            self._latents,
-            self._x,  # type: ignore[arg-type]  # there for all that writes to `layer`
-            keep=lambda source: self.ablate.keeps(source, layer, offset),
-        )
 
     def _forget(self, reached: int) -> None:
         for source in self.cfg.source_layers():
