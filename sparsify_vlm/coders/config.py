@@ -60,6 +60,9 @@ class CltConfig:
     skip_connection: bool = False
     """Add a linear map of x to each target."""
 
+    own_skip_only: bool = False
+    """A skip connection to the first target only."""
+
     train_post_encoder: bool = False
     """Add a trained bias per target to the activations of active latents."""
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 
 from sparsify_vlm.coders.clt import Clt
-from sparsify_vlm.coders.formats import circuit_tracer, eleuther, eleuther_stored
+from sparsify_vlm.coders.formats import (
+    circuit_tracer,
+    clt_forge,
+    curt_tigges,
+    eleuther,
+    eleuther_stored,
+    gemma_scope,
+)
 from sparsify_vlm.coders.formats.stored import InMemory, StoredClt
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.hub import offline_if_unreachable
 
 __all__ = ["InMemory", "StoredClt", "load_clt", "open_clt", "save_clt"]
 
-READERS = (eleuther, circuit_tracer)
-STORED = {eleuther: eleuther_stored.Stored, circuit_tracer: circuit_tracer.Stored}
+READERS = (eleuther_stored, circuit_tracer, gemma_scope, clt_forge, curt_tigges)
 WANTED_FILES = ["*.json", "*.safetensors", "*.yaml"]
 
 
@@ -26,22 +33,31 @@ def load_clt(
 ) -> Clt:
     """Load a coder of any readable format, recognised by its files.
 
-    Reads this project's and EleutherAI's layout (also single coders of sparsify) and
-    circuit-tracer's cross-layer transcoders, from a folder or from the Hugging Face Hub
-    (`owner/name` or `owner/name/sub/folder`). `dtype` None keeps the checkpoint's.
+    Reads this project's and EleutherAI's layout (also single coders of sparsify) and the
+    cross-layer transcoders of circuit-tracer, Gemma Scope 2, CLT-Forge and curt-tigges
+    (docs/formats.md), from a folder or from the Hugging Face Hub (`owner/name` or
+    `owner/name/sub/folder`). `dtype` None keeps the checkpoint's. What is found and not used is
+    warned of (`UserWarning`).
 
     Raises `UserError` naming the file and the key if something is missing, has the wrong shape,
     is not finite, or is of a variant or version that is not supported.
     """
-    return open_clt(path_or_hub_id).load(device, dtype)
+    stored = open_clt(path_or_hub_id)
+    clt = stored.load(device, dtype)
+    for line in stored.warnings:
+        warnings.warn(f"{path_or_hub_id}: {line}", stacklevel=2)
+    return clt
 
 
 def open_clt(path_or_hub_id: str | Path) -> StoredClt:
     """Open a coder of any readable format to read it layer by layer; as `load_clt` otherwise."""
     folder = _local_folder(path_or_hub_id)
-    for reader in READERS:
-        if reader.recognises(folder):
-            return STORED[reader](folder)
+    found = [reader for reader in READERS if reader.recognises(folder)]
+    if len(found) > 1:
+        both = " and ".join(reader.DESCRIPTION for reader in found)
+        raise UserError(f"{path_or_hub_id}: holds files of more than one format: {both}")
+    if found:
+        return found[0].Stored(folder)
     known = "; ".join(reader.DESCRIPTION for reader in READERS)
     raise UserError(f"{path_or_hub_id}: no coder checkpoint in a known format here ({known})")
 
@@ -71,7 +87,8 @@ def _downloaded(repository: str, subfolder: str) -> Path:
 
     offline_if_unreachable()
     prefix = f"{subfolder}/" if subfolder else ""
-    patterns = [prefix + pattern for pattern in WANTED_FILES]
+    above = f"{subfolder.rpartition('/')[0]}/".lstrip("/")
+    patterns = [prefix + pattern for pattern in WANTED_FILES] + [above + curt_tigges.STATS]
     try:
         snapshot = Path(snapshot_download(repository, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

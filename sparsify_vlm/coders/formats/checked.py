@@ -32,13 +32,21 @@ class CheckedTensors:
 
     def read(self, key: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor `key`; `UserError` if it is missing, of another shape or not finite."""
-        self._check(key, shape)
-        tensor = self._file.get_tensor(key)
+        self.check(key, shape)
+        return self._finite(key, self._file.get_tensor(key))
+
+    def read_row(self, key: str, row: int, shape: tuple[int, ...]) -> Tensor:
+        """Entry `row` of the first axis of the tensor `key`, which is of `shape`; as `read`."""
+        self.check(key, shape)
+        return self._finite(key, self._file.get_slice(key)[row])
+
+    def _finite(self, key: str, tensor: Tensor) -> Tensor:
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{self.path}: tensor '{key}' holds NaN or infinite values")
         return tensor
 
-    def _check(self, key: str, shape: tuple[int, ...]) -> None:
+    def check(self, key: str, shape: tuple[int, ...]) -> None:
+        """Raise `UserError` unless the tensor is there and has this shape."""
         if key not in self.keys:
             raise UserError(f"{self.path}: tensor '{key}' is missing")
         found = tuple(self._file.get_slice(key).get_shape())
@@ -49,7 +57,7 @@ class CheckedTensors:
 
     def rows(self, key: str, shape: tuple[int, ...]) -> Rows:
         """Where the rows of a tensor lie in the file; its values are not looked at."""
-        self._check(key, shape)
+        self.check(key, shape)
         return stored_rows(self.path, key)
 
     def dtype(self, key: str) -> torch.dtype:
@@ -73,4 +81,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def positive(values: dict[str, Any], name: str, path: Path) -> int:
+    """A positive whole number from a JSON object; `UserError` naming file and field otherwise."""
+    value = values.get(name)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{path}: field '{name}' is {value!r}, not a positive whole number")
     return value

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsify_vlm.coders.config import CltConfig
 from sparsify_vlm.coders.formats.checked import CheckedTensors
-from sparsify_vlm.coders.formats.on_disk import OnDisk, Segment
+from sparsify_vlm.coders.formats.on_disk import Assembled, Segment
 from sparsify_vlm.errors import UserError
 
 DESCRIPTION = "circuit-tracer's config.yaml with W_enc_0.safetensors"
@@ -31,7 +31,7 @@ def recognises(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and (folder / "W_enc_0.safetensors").is_file()
 
 
-class Stored(OnDisk):
+class Stored(Assembled):
     """Two files per layer."""
 
     format = "circuit-tracer"
@@ -40,23 +40,29 @@ class Stored(OnDisk):
         n_layers = _count_layers(folder)
         first = CheckedTensors(folder / "W_enc_0.safetensors")
         F, d = first.shape("W_enc_0")
+        jumping = "threshold_0" in first.keys
         cfg = CltConfig(
             d_model=d,
             hookpoints=[f"layers.{i}.mlp" for i in range(n_layers)],
             num_latents=F,
             k=F,
             n_targets=n_layers,
-            activation="jumprelu" if "threshold_0" in first.keys else "relu",
+            activation="jumprelu" if jumping else "relu",
             expansion_factor=max(1, F // d),
             **_from_yaml(folder / "config.yaml"),
         )
         super().__init__(folder, cfg)
         self.dtype = first.dtype("W_enc_0")
+        for s in range(n_layers):
+            names = (*("W_enc", "b_enc", "b_dec"), *(["threshold"] if jumping else []))
+            self.note_unknown(
+                CheckedTensors(folder / f"W_enc_{s}.safetensors"), [f"{name}_{s}" for name in names]
+            )
 
     def _read(self, name: str, s: int, *shape: int) -> Tensor:
         return CheckedTensors(self.path / f"W_enc_{s}.safetensors").read(f"{name}_{s}", shape)
 
-    def encoder(self, s: int) -> Tensor:
+    def stored_encoder(self, s: int) -> Tensor:
         return self._read("W_enc", s, self.cfg.num_latents, self.cfg.d_model)
 
     def encoder_bias(self, s: int) -> Tensor:
@@ -65,7 +71,13 @@ class Stored(OnDisk):
     def threshold(self, s: int) -> Tensor | None:
         if self.cfg.activation != "jumprelu":
             return None
-        return self._read("threshold", s, self.cfg.num_latents)
+        threshold = self._read("threshold", s, self.cfg.num_latents)
+        if bool((threshold < 0).any()):
+            raise UserError(
+                f"{self.path}: 'threshold_{s}' is negative somewhere, where circuit-tracer lets "
+                "latents be negative; they are not here"
+            )
+        return threshold
 
     def output_bias(self, t: int) -> Tensor:
         return self._read("b_dec", t, self.cfg.d_model)

@@ -53,15 +53,6 @@ JUMPRELU = ("jumprelu_bandwidth", "jumprelu_init_threshold")
 READ_ACTIVATIONS = ("topk", "batchtopk", "groupmax", "jumprelu")
 
 
-def recognises(folder: Path) -> bool:
-    """Whether `folder` is a checkpoint of this layout, or one of its coder folders."""
-    return (
-        (folder / SHEET).is_file()
-        or (folder / CFG).is_file()
-        or any((child / CFG).is_file() for child in folder.iterdir())
-    )
-
-
 # ---- reading
 
 

@@ -9,12 +9,22 @@ import torch
 from torch import Tensor
 
 from sparsify_vlm.coders.clt import Clt
-from sparsify_vlm.coders.formats import eleuther
+from sparsify_vlm.coders.formats import curt_tigges, eleuther
 from sparsify_vlm.coders.formats.checked import CheckedTensors
 from sparsify_vlm.coders.formats.eleuther_tensors import target_key
 from sparsify_vlm.coders.formats.on_disk import OnDisk, Segment
 from sparsify_vlm.coders.formats.rows import Rows
 from sparsify_vlm.coders.formats.stored import full_threshold
+
+DESCRIPTION = eleuther.DESCRIPTION
+
+
+def recognises(folder: Path) -> bool:
+    """Whether `folder` is a checkpoint of this layout, or one of its coder folders."""
+    return (folder / eleuther.SHEET).is_file() or any(
+        (place / eleuther.CFG).is_file() and not curt_tigges.recognises(place)
+        for place in (folder, *folder.iterdir())
+    )
 
 
 class Stored(OnDisk):
@@ -29,14 +39,13 @@ class Stored(OnDisk):
         config.train_post_encoder = eleuther.post_encoder_wanted(self._stored, self._files)
         super().__init__(folder, config)
 
-    def encoder(self, s: int) -> Tensor:
-        W = self._encoder(s)
-        if not self.cfg.normalize_io:
-            return W
-        return W * (math.sqrt(self.cfg.d_model) / self._files[s].read("in_norm", (1,)))
-
-    def _encoder(self, s: int) -> Tensor:
+    def stored_encoder(self, s: int) -> Tensor:
         return self._files[s].read("encoder.weight", (self.cfg.num_latents, self.cfg.d_model))
+
+    def in_scale(self, s: int) -> float:
+        if not self.cfg.normalize_io:
+            return 1.0
+        return math.sqrt(self.cfg.d_model) / float(self._files[s].read("in_norm", (1,)))
 
     def encoder_bias(self, s: int) -> Tensor:
         file = self._files[s]
@@ -44,7 +53,7 @@ class Stored(OnDisk):
         if self.cfg.transcode:
             return bias
         b_dec = file.read(target_key("b_dec", 0, file), (self.cfg.d_model,))
-        return bias - self._encoder(s) @ b_dec
+        return bias - self.stored_encoder(s) @ b_dec
 
     def threshold(self, s: int) -> Tensor | None:
         file, size = self._files[s], {"jumprelu": self.cfg.num_latents, "batchtopk": 1}
@@ -85,28 +94,24 @@ class Stored(OnDisk):
         count = len(self.cfg.targets(s))
         if self.cfg.secondary_target_tied:
             tables = tables[:-count].expand(count, -1, -1) + tables[-count:]
-        W = tables.transpose(0, 1).expand(-1, count, -1)
-        scale = self._scale(s, first, len(W))
-        return W if scale is None else W * scale
+        return tables.transpose(0, 1).expand(-1, count, -1)
 
-    def _scale(self, s: int, first: int, rows: int) -> Tensor | None:
-        """[rows or 1, n_targets, 1]: all factors from an activation to ŷ; None if they are 1."""
+    def out_scale(self, t: int) -> float:
+        if not self.cfg.normalize_io:
+            return 1.0
+        own = self._files[t - self.cfg.target_offset]  # the layer whose first target is t
+        return float(own.read("out_norm", (1,))) / math.sqrt(self.cfg.d_model)
+
+    def decoder_scale(self, s: int, first: int, rows: int) -> Tensor | None:
         cfg, targets = self.cfg, self.cfg.targets(s)
         if not (cfg.divide_cross_layer or cfg.normalize_io or cfg.post_encoder_scale):
             return None
-        factors = torch.tensor([self._factor(s, t) for t in targets]).view(1, -1, 1)
+        factors = [cfg.write_factor(s, t) * self.out_scale(t) for t in targets]
+        scale = torch.tensor(factors).view(1, -1, 1)
         if not cfg.post_encoder_scale:
-            return factors
+            return scale
         file, shape = self._files[s], (cfg.num_latents,)
-        scales = [
+        post = [
             file.read(target_key("post_enc_scale", k, file), shape) for k in range(len(targets))
         ]
-        return torch.stack(scales, dim=1)[first : first + rows, :, None] * factors
-
-    def _factor(self, s: int, t: int) -> float:
-        factor = self.cfg.write_factor(s, t)
-        if not self.cfg.normalize_io:
-            return factor
-        place = t - self.cfg.target_offset  # the layer whose first target is t
-        out_norm = self._files[place].read("out_norm", (1,))
-        return factor * float(out_norm) / math.sqrt(self.cfg.d_model)
+        return torch.stack(post, dim=1)[first : first + rows, :, None] * scale

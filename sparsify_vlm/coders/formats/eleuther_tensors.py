@@ -151,6 +151,8 @@ def _bias_and_skip_tensors(clt: Clt, s: int) -> dict[str, Tensor]:
         tensors[f"b_dec{ending}"] = bias if k == 0 else torch.zeros_like(bias)
         if (W_skip := clt.skip(s, k)) is not None:
             tensors[f"W_skip{ending}"] = W_skip / share
+        elif cfg.skip_connection:  # `own_skip_only`, which the fork does not know
+            tensors[f"W_skip{ending}"] = bias.new_zeros(cfg.d_model, cfg.d_model)
     return tensors
 
 

@@ -47,6 +47,11 @@ class Rows:
         """Rows `first` … `first + count - 1` of these."""
         return replace(self, offset=self.offset + first * self.row_bytes, count=count)
 
+    def inside(self, i: int) -> Rows:
+        """The rows that row `i` of these consists of: the second axis of the tensor."""
+        start = self.offset + i * self.row_bytes
+        return replace(self, offset=start, count=self.shape[0], shape=self.shape[1:])
+
 
 def stored_rows(path: Path, key: str) -> Rows:
     """Where the rows (first axis) of a tensor lie. Raises `UserError` for unknown dtypes."""
