@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sparsify_vlm.report.analysis import style
@@ -32,14 +33,12 @@ def distance_decay(results: Results) -> Figure | None:
     for axes, variant in zip(panels, names, strict=False):
         for panel, how in PANELS.items():
             found = table.where(variant=variant, panel=panel, role="all", weighting="latents")
-            _curve(axes, found.rows(), style.COLOURS_OF_VARIANTS[variant], **how)
+            _curve(axes, found.rows(), style.COLOURS_OF_VARIANTS[variant], how)
         finish(axes, VARIANTS[variant], "distance, layers", "mean decoder norm")
         axes.legend(frameon=False, fontsize=8)
     for role, rows in by_role.items():
-        _curve(
-            *(panels[-1], rows, style.COLOURS_OF_ROLES[role]),
-            **{"ls": "-", "marker": "o", "label": style.ROLE_NAMES[role]},
-        )
+        how = {"ls": "-", "marker": "o", "label": style.ROLE_NAMES[role]}
+        _curve(panels[-1], rows, style.COLOURS_OF_ROLES[role], how)
     if by_role:
         finish(panels[-1], "weighted by activity", "distance, layers", "mean decoder norm")
         panels[-1].legend(frameon=False, fontsize=8)
@@ -58,7 +57,7 @@ def _roles(table: Table, variant: str) -> dict[str, list[dict[str, Any]]]:
     return {role: rows for role, rows in found.items() if rows}
 
 
-def _curve(axes: Any, rows: list[dict[str, Any]], colour: str, **how: Any) -> None:
+def _curve(axes: Any, rows: list[dict[str, Any]], colour: str, how: dict[str, Any]) -> None:
     rows = sorted(rows, key=lambda row: row["distance"])
     if not rows:
         return
@@ -112,3 +111,10 @@ def detailed_heatmap(results: Results) -> Figure | None:
         axes.set_xlabel("distance, layers")
         axes.set_ylabel("source layer")
     return figure
+
+
+FIGURES: dict[str, Callable[[Results], Figure | None]] = {
+    "distance_decay": distance_decay,
+    "per_layer_patterns": per_layer_patterns,
+    "detailed_heatmap": detailed_heatmap,
+}

@@ -86,11 +86,9 @@ def fvu_comparison(results: Results) -> Figure | None:
             rows = table.where(role=role, arm=arm).rows()
             shift = 0.6 * (i / max(len(arms) - 1, 1) - 0.5)
             mark = "s" if arm == "full" else "o"
-            style.whiskers(
-                *(axes, [row["layer"] + shift for row in rows], rows, "fvu"),
-                **{"fmt": mark, "ms": 3.5, "color": style.arm_colour(arm)},
-                label=style.arm_name(arm),
-            )
+            places = [row["layer"] + shift for row in rows]
+            how = {"fmt": mark, "ms": 3.5, "color": style.arm_colour(arm)}
+            style.whiskers(axes, places, rows, "fvu", label=style.arm_name(arm), **how)
         finish(axes, style.ROLE_NAMES[role], "target layer", "")
         layer_ticks(axes.xaxis, sorted(set(table["layer"])))
     figure.supylabel("FVU (0: exact, 1: no better than the mean)", fontsize=10)
@@ -131,11 +129,9 @@ def delta_loss(results: Results) -> Figure | None:
     single = table.where(scope="one_layer")
     for arm in [a for a in style.arm_order(single["arm"]) if a in style.COLOURS_OF_ARMS]:
         rows = single.where(arm=arm).rows()
-        style.whiskers(
-            *(right, [row["layer"] for row in rows], rows, "delta_ce"),
-            **{"fmt": "o-", "ms": 3.5, "lw": 1.0, "color": style.arm_colour(arm)},
-            label=style.arm_name(arm),
-        )
+        places = [row["layer"] for row in rows]
+        how = {"fmt": "o-", "ms": 3.5, "lw": 1.0, "color": style.arm_colour(arm)}
+        style.whiskers(right, places, rows, "delta_ce", label=style.arm_name(arm), **how)
     finish(right, "one layer replaced", "layer", "added cross-entropy, nats a token")
     right.axhline(0.0, color="#222222", lw=0.8)
     if len(single):
@@ -193,10 +189,8 @@ def top_features(results: Results) -> Figure | None:
         places = [layer + 0.5 * ((i + 1) / (len(own) + 1) - 0.5) for i in range(len(own))]
         panels[0].plot(places, [r["score"] for r in own], "o", color="#0072b2", ms=4.5)
         if len(layers) <= 12:
-            panels[0].annotate(
-                *(f"#{own[0]['latent']}", (places[0], own[0]["score"]), (0, 5)),
-                **{"textcoords": "offset points", "ha": "center", "fontsize": 7.5},
-            )
+            first = f"#{own[0]['latent']}", (places[0], own[0]["score"]), (0, 5)
+            panels[0].annotate(*first, textcoords="offset points", ha="center", fontsize=7.5)
     _null_per_layer(panels[0], results, layers, lambda targets: 1 - 1 / targets)
     finish(panels[0], "top latents of each layer", "source layer", "cross-layer score")
     panels[0].set_ylim(-0.02, 1.08)
@@ -210,15 +204,11 @@ def top_features(results: Results) -> Figure | None:
 def _causal(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Causal share against score, one point per latent."""
     ends = [row | {"low": row["causal_low"], "high": row["causal_high"]} for row in rows]
-    style.whiskers(
-        *(axes, [row["score"] for row in rows], ends, "causal"),
-        **{"fmt": "o", "ms": 4.5, "color": "#d55e00"},
-    )
+    scores = [row["score"] for row in rows]
+    style.whiskers(axes, scores, ends, "causal", fmt="o", ms=4.5, color="#d55e00")
     for row in rows[:12]:
-        axes.annotate(
-            *(f"{row['source']}/{row['latent']}", (row["score"], row["causal"]), (4, 3)),
-            **{"textcoords": "offset points", "fontsize": 7.5},
-        )
+        name, place = f"{row['source']}/{row['latent']}", (row["score"], row["causal"])
+        axes.annotate(name, place, (4, 3), textcoords="offset points", fontsize=7.5)
     what = "KL without cross writes / KL without any"
     finish(axes, "what the model loses (layer/latent)", "cross-layer score", what)
 

@@ -14,6 +14,8 @@ MEAN_NORM_SAME = 0.378
 MEAN_NORM_CROSS = 0.125
 NORM_BY_DISTANCE = {0: 0.378, 1: 0.196, 5: 0.130, 10: 0.108, 25: 0.046}
 """Mean decoder norm at a distance in layers."""
+HALF_LIFE = "7 to 14, by range"
+"""Of an exponential through these norms: it depends on which distances are fitted."""
 FVU_FULL = 0.287
 FVU_ABLATED = 0.437
 

@@ -179,10 +179,8 @@ def column_strips(axes: Any, rows: Sequence[Any], layers: Sequence[int]) -> None
         top = max((count for _, count in own), default=0)
         for left, count in own:
             if count:
-                axes.bar(
-                    *(layer, width, 0.8, left),
-                    **{"color": "#0072b2", "alpha": 0.1 + 0.8 * count / top, "lw": 0},
-                )
+                shade = 0.1 + 0.8 * count / top
+                axes.bar(layer, width, 0.8, left, color="#0072b2", alpha=shade, lw=0)
         if top:
             axes.hlines(_median(own, width), layer - 0.4, layer + 0.4, color="#d55e00", lw=2)
     axes.set_xlim(min(layers) - 0.6, max(layers) + 0.6)

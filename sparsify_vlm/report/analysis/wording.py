@@ -26,11 +26,20 @@ def verdict(estimate: Estimate | None, null: float = 0.0) -> Verdict:
 
 
 def percent(value: float | None) -> str:
-    """0.1234 -> "12.3 %"; small shares keep two figures."""
-    if value is None:
-        return UNDEFINED
-    places = 1 if abs(value) >= 0.01 or value == 0 else 3
-    return f"{100 * value:.{places}f} %"
+    """0.1234 -> "12.3 %"; shares below 1 % keep two figures."""
+    return UNDEFINED if value is None else f"{_hundredths(value)} %"
+
+
+def points(value: float | None) -> str:
+    """A difference of shares, in percentage points, without the unit: 0.1234 -> "12.3"."""
+    return UNDEFINED if value is None else _hundredths(value)
+
+
+def _hundredths(value: float) -> str:
+    size = abs(100 * value)
+    if size < 1e-6:
+        return "0"
+    return f"{100 * value:.1f}" if size >= 0.95 else f"{100 * value:.2g}"
 
 
 def number(value: float | None) -> str:
@@ -51,6 +60,12 @@ def interval(estimate: Estimate | None, form: Callable[[float | None], str] = nu
     if estimate.low is None or estimate.high is None:
         return form(estimate.value)
     return f"{form(estimate.value)} [{form(estimate.low)}, {form(estimate.high)}]"
+
+
+def in_points(difference: Estimate | None) -> str:
+    """A difference of shares with its interval: `15.0 [14.0, 16.0] points`."""
+    text = interval(difference, points)
+    return text if text == UNDEFINED else f"{text} points"
 
 
 def over(estimate: Estimate | None) -> str:

@@ -1,0 +1,222 @@
+"""The paragraphs of conclusions, put together from the numbers of one analysis."""
+
+from __future__ import annotations
+
+from statistics import fmean, median
+
+from sparsify_vlm.analysis.results import Results
+from sparsify_vlm.report.analysis import sentences
+from sparsify_vlm.report.analysis.facts import Facts
+from sparsify_vlm.report.analysis.style import ROLE_NAMES
+from sparsify_vlm.report.analysis.wording import (
+    in_points,
+    interval,
+    listed,
+    number,
+    percent,
+    points,
+    verdict,
+)
+
+FACTOR_DISTANCE = 5
+"""The distance whose decay factor the study reports."""
+NOTHING_TO_CUT = (
+    "Every coder here writes to one layer only: there are no cross-layer connections to measure."
+)
+
+
+def conclusions(results: Results) -> list[str]:
+    """One paragraph per experiment that was made."""
+    facts = Facts(results)
+    if not facts.crosses:
+        return [NOTHING_TO_CUT]
+    made = {
+        "weights": _weights,
+        "ablation": _ablation,
+        "features": _features,
+        "distance": _distance,
+    }
+    paragraphs = [tell(facts) for name, tell in made.items() if name in results.experiments]
+    if "ablation" not in results.experiments:
+        paragraphs.append(
+            "How much the reconstruction or the model would lose without cross-layer writes was "
+            "not measured: that needs tokens. Decoder norms alone do not say it."
+        )
+    return [paragraph for paragraph in paragraphs if paragraph]
+
+
+def _joined(*found: str) -> str:
+    return " ".join(sentence for sentence in found if sentence)
+
+
+def _weights(facts: Facts) -> str:
+    plain = facts.get("same_layer_share_mean_norm")
+    squared = facts.get("same_layer_share_squared_norm")
+    corrected = facts.get("same_layer_share_squared_norm", "corrected")
+    null = facts.pooled_null
+    told = [
+        sentences.own_share("Of the summed decoder norms, raw", plain, null),
+        sentences.own_share("Of the summed squared norms, raw", squared, null),
+    ]
+    if corrected is not None:
+        told.append(sentences.own_share("Of the summed squared norms, gauge-free", corrected, null))
+        if null is not None:
+            verdicts = verdict(squared, null), verdict(corrected, null)
+            told.append(sentences.agreement(*verdicts, "the own layer's share"))
+    per_latent = facts.get("same_layer_share_per_latent", "corrected")
+    if per_latent is not None:
+        what = "Of a live latent's squared norm, on average"
+        told.append(sentences.own_share(what, per_latent, facts.latent_null))
+    block = facts.get("block_share_same")
+    if block is not None and block.value is not None:
+        told.append(
+            f"On these tokens {interval(block, percent)} of what is written to a layer comes from "
+            "the coder of that layer (exact block share), the rest from earlier ones."
+        )
+    told += _roles(facts, "block_share_same", "The own layer's block share")
+    return _joined(*told)
+
+
+def _roles(facts: Facts, name: str, what: str) -> list[str]:
+    """Image tokens against each other role."""
+    if "image" not in facts.roles(name):
+        return []
+    return [
+        sentences.roles_differ(
+            what, ROLE_NAMES["image"], ROLE_NAMES[role], facts.role_difference(name, "image", role)
+        )
+        for role in facts.roles(name)
+        if role != "image"
+    ]
+
+
+def _ablation(facts: Facts) -> str:
+    full = facts.arm("fvu", "full")
+    told = []
+    for arm, how in (
+        ("same_only", "With every cross-layer write set to zero"),
+        ("cross_mean", "With cross-layer writes held at their means instead"),
+    ):
+        level = facts.arm("fvu", arm)
+        if level is not None:
+            told.append(sentences.ablated(how, full, level, facts.difference("fvu", arm)))
+    told.append(sentences.refitted(facts.difference("fvu", "refit")))
+    told.append(sentences.beside_random(facts.difference("fvu", "same_only", "random_deletion")))
+    told.append(sentences.beside_plt(facts.difference("fvu", "plt")))
+    told.append(sentences.loss("With all layers replaced", facts.difference("ce", "same_only")))
+    told += _roles(facts, "fvu_difference.same_only", "The rise of FVU by the cut")
+    return _joined(*told)
+
+
+def _features(facts: Facts) -> str:
+    targets = [n for n in facts.targets if n > 0]
+    possible = fmean(targets) if targets else None
+    told = [
+        sentences.spread(facts.get("mean_effective_targets"), facts.get("mean_reach"), possible),
+        sentences.direction(facts.get("mean_own_cosine")),
+    ]
+    table = facts.results.table("top_features")
+    if table is not None:
+        rows = table.rows()
+        best = max(rows, key=lambda row: row["score"])
+        n = facts.targets[best["source"]] if best["source"] < len(facts.targets) else 0
+        null = f", where writing alike to all its targets would give {number(1 - 1 / max(n, 1))}"
+        told.append(
+            f"The largest cross-layer score is {number(best['score'])}, of latent "
+            f"{best['latent']} in layer {best['source']}{null if n else ''}."
+        )
+        ratios = [row for row in rows if row.get("causal") is not None]
+        if ratios:
+            clear = [r for r in ratios if r["causal_low"] is not None and r["causal_low"] > 0.5]
+            told.append(
+                f"Of the {len(ratios)} of these latents that were tested in the model, removing "
+                "only the cross-layer writes moved the output by a median of "
+                f"{number(median(row['causal'] for row in ratios))} of what removing all of the "
+                f"latent's writes did (KL); for {len(clear)} the interval lies above one half."
+            )
+    return _joined(*told)
+
+
+def _distance(facts: Facts) -> str:
+    told, verdicts = [], []
+    for variant, which in (("plain", "Raw decoder norms"), ("corrected", "Gauge-free norms")):
+        factor = facts.get(f"decay_factor_0_{FACTOR_DISTANCE}", variant)
+        told.append(sentences.decay(which, FACTOR_DISTANCE, factor))
+        verdicts.append(verdict(factor, 1.0))
+    told.append(sentences.agreement(verdicts[0], verdicts[1], "the norm at a distance"))
+    return _joined(*told)
+
+
+def implications(results: Results) -> list[str]:
+    """What follows for attribution graphs made with this coder; each rests on a number above."""
+    facts = Facts(results)
+    if not facts.crosses:
+        return ["A graph made with this coder has no cross-layer edges of single features."]
+    points = [_of_edges(facts), _of_reach(facts), _of_norms(facts), _of_top(facts)]
+    if "ablation" not in results.experiments:
+        points.insert(
+            0,
+            "Nothing here says what a graph would lose without cross-layer edges: run analyze with "
+            "a dataset.",
+        )
+    return [point for point in points if point]
+
+
+def _of_edges(facts: Facts) -> str:
+    size = facts.difference("fvu", "same_only")
+    shown = in_points(size)
+    return {
+        "above": "Cross-layer edges of this coder are not optional: a graph that left them out "
+        f"would describe a replacement model whose FVU is higher by {shown}.",
+        "below": "A graph without cross-layer edges would describe a replacement model that "
+        f"reconstructs better (FVU {shown}); these edges need justifying.",
+        "none": "There is no evidence that a graph without cross-layer edges would describe a "
+        f"worse replacement model (change of FVU {shown}).",
+    }.get(verdict(size), "")
+
+
+def _of_reach(facts: Facts) -> str:
+    """The shortest limit of the reach that costs nothing that can be seen."""
+    limits = {d: facts.difference("fvu", f"reach_{d}") for d in facts.numbered("fvu.reach_")}
+    known = {d: e for d, e in limits.items() if verdict(e) in ("above", "below", "none")}
+    if not known:
+        return ""
+    costs = listed([f"≤ {d}: {interval(e, points)}" for d, e in known.items()])
+    costly = max((d for d, e in known.items() if verdict(e) == "above"), default=-1)
+    enough = [d for d in known if d > costly]
+    if not enough:
+        return f"Every limit to the reach that was tried costs reconstruction (added FVU in points, {costs})."
+    return (
+        f"There is no evidence that writes further than {min(enough)} layers matter for "
+        f"reconstruction (added FVU in points, {costs}): edges up to that length may do."
+    )
+
+
+def _of_norms(facts: Facts) -> str:
+    plain, fair = (facts.get("mean_norm_cross", v) for v in ("plain", "corrected"))
+    if plain is None or fair is None:
+        return ""
+    return (
+        "Raw decoder norms are no measure of how much an edge carries: they change under a "
+        "rescaling that changes no output, and they grow with the scale of the target layer. "
+        "Compare edges by what is written on tokens."
+    )
+
+
+def _of_top(facts: Facts) -> str:
+    table = facts.results.table("top_features")
+    if table is None or not any(n > 1 for n in facts.targets):
+        return ""
+    rows = [row for row in table.rows() if row["source"] < len(facts.targets)]
+    above = [r for r in rows if r["score"] > 1 - 1 / max(facts.targets[r["source"]], 1)]
+    layers = listed([str(layer) for layer in sorted({row["source"] for row in above})])
+    if not above:
+        return (
+            "No listed latent writes more of its norm across layers than writing alike to all "
+            "targets would: a high score alone only says that a layer is early."
+        )
+    return (
+        f"{len(above)} of the {len(rows)} listed latents, in layers {layers}, write "
+        "more of their norm across layers than writing alike to all targets would; in a "
+        "graph these are the nodes whose single name stands for several layers."
+    )
