@@ -96,6 +96,17 @@ def _verify() -> tuple[dict[str, type], Callable[..., object]]:
     return {"cfg": VerifyConfig}, verify
 
 
+def _examples() -> tuple[dict[str, type], Callable[..., object]]:
+    from sparsify_vlm.features.config import ExamplesConfig
+
+    def examples(cfg: ExamplesConfig) -> None:
+        from sparsify_vlm.features.examples import examples
+
+        examples(cfg)
+
+    return {"cfg": ExamplesConfig}, examples
+
+
 def _demo() -> tuple[dict[str, type], Callable[..., object]]:
     from sparsify_vlm.demo import DemoConfig, run_demo
 
@@ -136,6 +147,11 @@ COMMANDS: dict[str, Command] = {
         "check a traced graph by intervening on the model",
         ("graph",),
         _verify,
+    ),
+    "examples": Command(
+        "find the samples in which features are strongest, with their words and patches",
+        ("clt", "dataset"),
+        _examples,
     ),
     "estimate": Command(
         "memory and time a training run would take, before anything is loaded",

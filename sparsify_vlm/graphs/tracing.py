@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from sparsify_vlm.coders import load_clt
 from sparsify_vlm.data.encoding import decode_images, encode_decoded
 from sparsify_vlm.data.images import BadSample, ImageRef
+from sparsify_vlm.data.pictures import as_seen
 from sparsify_vlm.data.prompts import Prompter
 from sparsify_vlm.data.rows import IMAGE_MARK, Sample, Turn
 from sparsify_vlm.errors import UserError
@@ -142,7 +142,7 @@ def ask(cfg: TraceConfig, loaded: LoadedModel) -> Asked:
         more = "" if reason == error.reason else ": the model reads no more; shorten the prompt"
         raise UserError(f"the prompt cannot be used: {reason}{more}") from error
     _check_length(loaded, batch.inputs)
-    return Asked(batch.inputs, question, _as_seen(loaded, batch.inputs, shown), truth)
+    return Asked(batch.inputs, question, as_seen(loaded, batch.inputs, shown), truth)
 
 
 def _images(cfg: TraceConfig) -> list[ImageRef]:
@@ -184,40 +184,6 @@ def _check_length(loaded: LoadedModel, inputs: Mapping[str, Tensor]) -> None:
             f"the prompt cannot be used: it has {length} tokens, {loaded.name} reads {limit} at "
             "most; shorten it or show a smaller picture"
         )
-
-
-def _as_seen(
-    loaded: LoadedModel, inputs: Mapping[str, Tensor], shown: Sequence[Image]
-) -> Sequence[Image]:
-    """The pictures as the patch grid lies on them: what the processor made of them where that is
-    one picture each (it may have been cropped), else the pictures themselves."""
-    pixels = inputs.get("pixel_values")
-    images = loaded.stack.images(inputs)
-    n_images = int(images.max()) + 1
-    if pixels is None or pixels.ndim != 4 or pixels.shape[1] != 3 or len(pixels) != n_images:
-        return shown if n_images in (0, len(shown)) else ()
-    sizes = inputs.get("image_sizes")
-    pictures = [_picture(loaded.image_processor, one) for one in pixels]
-    if sizes is not None:  # padded to the largest of the batch
-        pictures = [
-            picture.crop((0, 0, width, height))
-            for picture, (height, width) in zip(pictures, sizes.tolist(), strict=True)
-        ]
-    return pictures
-
-
-def _picture(processor: Any, pixels: Tensor) -> Image:
-    """Undo the processor's normalisation of pixels [3, H, W]."""
-    from PIL import Image
-
-    values = pixels.float()
-    if getattr(processor, "do_normalize", False):
-        mean, std = (torch.tensor(getattr(processor, f"image_{k}")) for k in ("mean", "std"))
-        values = values * std[:, None, None] + mean[:, None, None]
-    if getattr(processor, "do_rescale", False):
-        values = values / processor.rescale_factor
-    rows = values.round().clamp(0, 255).byte().permute(1, 2, 0)
-    return Image.fromarray(rows.contiguous().numpy())
 
 
 def _targets(cfg: TraceConfig) -> list[Target] | None:
