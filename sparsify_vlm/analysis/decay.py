@@ -14,9 +14,10 @@ from sparsify_vlm.analysis.fits import CURVES, EXPONENTIAL, Curve, Fit, fit, the
 from sparsify_vlm.analysis.writes import SOURCES, defined
 
 Array = np.ndarray
-FIT_RESAMPLES = 2000
+FIT_RESAMPLES = 1000
 DISAGREE = 1.25
 """Ratio of half-lives of parts of the range from which on they are said to disagree."""
+SAME_ERROR = 1e-6
 MOST_CUTS = 5
 VALUES = ("half_life", "exponent", "amplitude", "floor")
 FIT_COLUMNS = (
@@ -36,42 +37,38 @@ FIT_COLUMNS = (
 WHOLE, PART = "whole", "part"
 
 
-def compared_fits(panel: Panel, n: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """One row for each form, the exponential first, over the whole range of the panel."""
-    x, count = panel.distances, len(panel.means)
+def whole_fits(
+    panel: Panel, compared: bool, n: int | None = None, seed: int = 0
+) -> list[dict[str, Any]]:
+    """An exponential over the whole range of the panel, and, if `compared`, the other forms too,
+    with their errors on held-out latents."""
     options: dict[str, Any] = {"n": n or FIT_RESAMPLES, "seed": seed, "over": SOURCES}
-    there = np.isfinite(panel.means)
-    found = []
-    for curve in CURVES:
-        if len(x) < curve.n_parameters:
-            continue
-        spread = intervals(
-            lambda total, number, curve=curve: _values(fit(curve, x, total / number), x),
-            np.where(there, panel.means, 0),
-            there,
-            **options,
-        )
-        found.append(_row(curve, x, WHOLE, count, spread, panel.intervals(n=100).value))
-    _compare(panel, found, options)
+    curves = [
+        c for c in CURVES[: None if compared else 1] if len(panel.distances) >= c.n_parameters
+    ]
+    found = [_fitted(curve, WHOLE, panel.distances, panel.means, options) for curve in curves]
+    if compared and found:
+        _compare(panel, curves, found, options)
     return found
 
 
 def range_fits(panel: Panel, n: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
     """One row of an exponential for each part of the range of later layers."""
     options: dict[str, Any] = {"n": n or FIT_RESAMPLES, "seed": seed, "over": SOURCES}
-    found = []
-    for columns in _parts(panel.distances):
-        x, means = panel.distances[columns], panel.means[:, columns]
-        there = np.isfinite(means)
-        spread = intervals(
-            lambda total, number, x=x: _values(fit(EXPONENTIAL, x, total / number), x),
-            np.where(there, means, 0),
-            there,
-            **options,
-        )
-        mean = np.where(there, means, 0).sum(0) / there.sum(0)
-        found.append(_row(EXPONENTIAL, x, PART, len(means), spread, mean))
-    return found
+    return [
+        _fitted(EXPONENTIAL, PART, panel.distances[part], panel.means[:, part], options)
+        for part in _parts(panel.distances)
+    ]
+
+
+def _fitted(
+    curve: Curve, scope: str, x: Array, means: Array, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The row of one fit to the mean of curves [S, D]."""
+    there = np.isfinite(means)
+    total = np.where(there, means, 0)
+    spread = intervals(lambda t, n: _values(fit(curve, x, t / n), x), total, there, **options)
+    return _row(curve, x, scope, len(means), spread, total.sum(0) / there.sum(0))
 
 
 def fits_of_means(x: Array, y: Array) -> list[dict[str, Any]]:
@@ -103,7 +100,7 @@ def disagreement(rows: Sequence[dict[str, Any]]) -> list[str]:
             notes.append(
                 f"one half-life is not identifiable: exponentials fitted to parts of the range of "
                 f"later layers give {_said(low)} to {_said(high)}"
-                + ("; on some parts the norm does not fall" if flat else "")
+                + ("; on some parts none fits" if flat else "")
                 + "."
             )
     elif flat:
@@ -120,7 +117,7 @@ def _said(row: dict[str, Any]) -> str:
 
 
 def _best(rows: Sequence[dict[str, Any]]) -> str:
-    best = min(rows, key=lambda row: row["held_out_error"])
+    best = next(row for row in rows if row["behind_best"] == 0)
     text = f"of the fitted forms {best['model']} is closest on held-out latents"
     close = [
         row["model"]
@@ -171,32 +168,39 @@ def _relative(fitted: Array, points: Array) -> Array:
 
 
 def _held_out(halves: Array, x: Array, curves: Sequence[Curve]) -> Array:
-    """Errors [R, curves] on each half [R, 2, D] of what was fitted to the other."""
+    """Errors [R, curves] on each half [R, 2, D] of what was fitted to the other.
+
+    Halves are brought to the same size before: how large their latents are is not asked for.
+    """
+    halves = halves / np.sqrt(np.nansum(halves**2, -1, keepdims=True))
+    train, test = np.concatenate([halves[:, 0], halves[:, 1]]), halves[:, ::-1]
     errors = []
     for curve in curves:
-        pair = [_relative(fit(curve, x, halves[:, i]).at(x), halves[:, 1 - i]) ** 2 for i in (0, 1)]
-        errors.append(np.sqrt((pair[0] + pair[1]) / 2))
+        fitted = fit(curve, x, train).at(x).reshape(2, len(halves), -1).transpose(1, 0, 2)
+        errors.append(np.sqrt((_relative(fitted, test) ** 2).mean(1)))
     return np.stack(errors, 1)
 
 
-def _compare(panel: Panel, rows: list[dict[str, Any]], options: dict[str, Any]) -> None:
+def _compare(
+    panel: Panel, curves: Sequence[Curve], rows: list[dict[str, Any]], options: dict[str, Any]
+) -> None:
     """Fill in the errors on held-out latents, and how far each form is behind the best."""
-    curves = [curve for curve in CURVES if curve.name in {row["model"] for row in rows}]
     halves = panel.halves.transpose(1, 0, 2)
     there = np.isfinite(halves)
-    if not rows or not there.any(0).all():
+    if not there.any(0).all():
         return
-    sums = (np.where(there, halves, 0), there)
-    errors = intervals(lambda a, n: _held_out(a / n, panel.distances, curves), *sums, **options)
-    best = int(errors.value.argmin())
+    sums = np.where(there, halves, 0)
+    whole = (sums.sum(0) / there.sum(0))[None]
+    errors = _held_out(whole, panel.distances, curves)[0]
+    best = int(np.flatnonzero(errors <= errors.min() + SAME_ERROR)[0])  # the simplest of equals
 
     def behind(a: Array, n: Array) -> Array:
         found = _held_out(a / n, panel.distances, curves)
-        return found - found[:, best : best + 1]
+        return np.stack([found, found - found[:, best : best + 1]], 2)
 
-    apart = intervals(behind, *sums, **options)
+    apart = intervals(behind, sums, there, **options)
     for place, row in enumerate(rows):
-        row["held_out_error"] = defined(float(errors.value[place]))
-        row["behind_best"] = defined(float(apart.value[place]))
-        row["behind_best_low"] = defined(float(apart.low[place]))
-        row["behind_best_high"] = defined(float(apart.high[place]))
+        row["held_out_error"] = defined(float(apart.value[place, 0]))
+        row["behind_best"] = defined(float(apart.value[place, 1]))
+        row["behind_best_low"] = defined(float(apart.low[place, 1]))
+        row["behind_best_high"] = defined(float(apart.high[place, 1]))

@@ -2,7 +2,8 @@
 
 Curves and panels are those of `curves`, the fitted forms those of `fits`. A fit is to the mean
 curve of a panel. Forms are compared on held-out latents: fitted to the curve of one half of the
-latents, measured on that of the other (both ways; error = root of Σ deviation² / Σ norm²).
+latents, measured on that of the other, both brought to the same size (both ways; error = root of
+Σ deviation² / Σ norm²).
 Intervals are over source layers, errors' differences on the same resamples.
 
 One half-life is a summary only if it is the same wherever it is measured. So exponentials are also
@@ -23,10 +24,10 @@ from sparsify_vlm.analysis.bootstrap import intervals, ratio_interval
 from sparsify_vlm.analysis.curves import PANELS, Curves, Kind, Panel, read_curves
 from sparsify_vlm.analysis.decay import (
     FIT_COLUMNS,
-    compared_fits,
     disagreement,
     fits_of_means,
     range_fits,
+    whole_fits,
 )
 from sparsify_vlm.analysis.decoders import Coder
 from sparsify_vlm.analysis.tables import Estimate, Experiment, Table
@@ -179,7 +180,7 @@ def _half_life(kind: Kind, panel: str, rows: Sequence[dict[str, Any]]) -> dict[s
 
 
 def _fitted(kind: Kind, panel: Panel, options: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = compared_fits(panel, **options)
+    rows = whole_fits(panel, kind.role == ALL, **options)
     if kind.weighting == "latents" and kind.role == ALL:
         rows += range_fits(panel, **options)
     return rows

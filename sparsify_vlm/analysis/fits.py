@@ -20,8 +20,8 @@ import numpy as np
 from sparsify_vlm.analysis.bootstrap import student_point
 
 Array = np.ndarray
-GRID = 240
-SECTIONS = 60
+GRID = 80
+SECTIONS = 40
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -55,7 +55,7 @@ def _power(x: Array, exponent: Array) -> Array:
 
 
 def _half_lives(x: Array) -> tuple[float, float]:
-    return 0.02 * float(np.diff(x).min()), 100 * float(np.ptp(x))
+    return 0.1 * float(np.diff(x).min()), 100 * float(np.ptp(x))
 
 
 EXPONENTIAL = Curve("exponential", "half_life", _halving, False, _half_lives)
@@ -92,22 +92,19 @@ class Fit:
 def fit(curve: Curve, x: Array, y: Array) -> Fit:
     """Fit `curve` to y [R, D] at distances x [D], NaN where a point is missing."""
     known = np.isfinite(y)
-    points, weights = np.where(known, y, 0.0), known.astype(np.float64)
+    points = np.where(known, y, 0.0)
+    weights = np.ones((1, len(x))) if known.all() else known.astype(np.float64)
     grid = curve.grid(x)
-    shapes = curve.shape(x[None], grid[:, None])
-    scales = np.maximum((points**2).sum(1), np.finfo(np.float64).tiny)
-    tried = _squares(
-        curve,
-        _Sums(
-            points @ shapes.T,
-            weights @ (shapes**2).T,
-            weights @ shapes.T,
-            points.sum(1)[:, None],
-            weights.sum(1)[:, None],
-            scales[:, None],
-        ),
-    )[0]
-    best = tried.argmin(1)
+    shapes = curve.shape(x[None], grid[:, None]).T
+    sums = _Sums(
+        points @ shapes,
+        weights @ shapes**2,
+        weights @ shapes,
+        points.sum(1)[:, None],
+        weights.sum(1)[:, None],
+        (points**2).sum(1)[:, None],
+    )
+    best = _squares(curve, sums)[0].argmin(1)
     low = np.log(grid[np.maximum(best - 1, 0)])
     high = np.log(grid[np.minimum(best + 1, GRID - 1)])
     theta = _narrowed(lambda log: _at(curve, x, points, weights, np.exp(log))[0], low, high)
@@ -149,25 +146,23 @@ def _squares(curve: Curve, s: _Sums) -> tuple[Array, Array, Array]:
     """Squares, amplitude and floor of the best linear part, neither of them negative."""
     with np.errstate(all="ignore"):
         alone = np.nan_to_num(np.maximum(s.yg / s.gg, 0.0))
-        floor = np.zeros_like(alone)
-        amplitude = alone
-        if curve.floor:
-            determinant = s.gg * s.n - s.g**2
-            both = (s.yg * s.n - s.g * s.y) / determinant
-            flat = np.broadcast_to(s.y / s.n, both.shape)
-            level = (s.y - both * s.g) / s.n
-            usable = determinant > 1e-12 * s.gg * s.n
-            amplitude = np.where(usable & (level > 0), np.maximum(both, 0.0), alone)
-            floor = np.where(usable & (level > 0), np.where(both > 0, level, flat), 0.0)
-    squares = (
-        s.yy
-        - 2 * amplitude * s.yg
-        - 2 * floor * s.y
-        + amplitude**2 * s.gg
-        + 2 * amplitude * floor * s.g
-        + floor**2 * s.n
+        squares = s.yy - alone * (2 * s.yg - alone * s.gg)
+        if not curve.floor:
+            return squares, alone, np.zeros_like(alone)
+        determinant = s.gg * s.n - s.g**2
+        amplitude = np.maximum((s.yg * s.n - s.g * s.y) / determinant, 0.0)
+        floor = (s.y - amplitude * s.g) / s.n
+        usable = (determinant > 1e-12 * s.gg * s.n) & (floor > 0)
+        with_floor = (
+            s.yy
+            - amplitude * (2 * s.yg - amplitude * s.gg - 2 * floor * s.g)
+            - floor * (2 * s.y - floor * s.n)
+        )
+    return (
+        np.where(usable, with_floor, squares),
+        np.where(usable, amplitude, alone),
+        np.where(usable, floor, 0.0),
     )
-    return squares, amplitude, floor
 
 
 def _narrowed(squares: Callable[[Array], Array], low: Array, high: Array) -> Array:
