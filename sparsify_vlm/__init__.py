@@ -22,8 +22,12 @@ _HOMES = {
     "ShapesDataset": "sparsify_vlm.data",
     "VLMReplacementModel": "sparsify_vlm.replacement",
     "Intervention": "sparsify_vlm.replacement",
+    "PatchIntervention": "sparsify_vlm.replacement",
+    "SteeringVector": "sparsify_vlm.replacement",
     "attribute": "sparsify_vlm.graphs",
     "AttributionGraph": "sparsify_vlm.graphs",
+    "analyze": "sparsify_vlm.studies",
+    "compare": "sparsify_vlm.studies",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -40,7 +44,11 @@ if TYPE_CHECKING:
     from sparsify_vlm.models import LoadedModel as LoadedModel
     from sparsify_vlm.models import load_model as load_model
     from sparsify_vlm.replacement import Intervention as Intervention
+    from sparsify_vlm.replacement import PatchIntervention as PatchIntervention
+    from sparsify_vlm.replacement import SteeringVector as SteeringVector
     from sparsify_vlm.replacement import VLMReplacementModel as VLMReplacementModel
+    from sparsify_vlm.studies import analyze as analyze
+    from sparsify_vlm.studies import compare as compare
 
 
 def __getattr__(name: str) -> Any:

@@ -107,6 +107,20 @@ def _examples() -> tuple[dict[str, type], Callable[..., object]]:
     return {"cfg": ExamplesConfig}, examples
 
 
+def _analyze() -> tuple[dict[str, type], Callable[..., object]]:
+    from sparsify_vlm.analysis.config import AnalyzeConfig
+    from sparsify_vlm.studies import run_analyze
+
+    return {"cfg": AnalyzeConfig}, run_analyze
+
+
+def _compare() -> tuple[dict[str, type], Callable[..., object]]:
+    from sparsify_vlm.analysis.config import CompareConfig
+    from sparsify_vlm.studies import run_compare
+
+    return {"cfg": CompareConfig}, run_compare
+
+
 def _demo() -> tuple[dict[str, type], Callable[..., object]]:
     from sparsify_vlm.demo import DemoConfig, run_demo
 
@@ -152,6 +166,16 @@ COMMANDS: dict[str, Command] = {
         "find the samples in which features are strongest, with their words and patches",
         ("clt", "dataset"),
         _examples,
+    ),
+    "analyze": Command(
+        "what the cross-layer connections of a coder do: four experiments and a report",
+        ("clt", "dataset"),
+        _analyze,
+    ),
+    "compare": Command(
+        "the same experiments on a text model's coder and a vision-language model's",
+        ("text_clt", "vlm_clt"),
+        _compare,
     ),
     "estimate": Command(
         "memory and time a training run would take, before anything is loaded",

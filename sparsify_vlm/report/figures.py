@@ -22,15 +22,22 @@ LINE_STYLES = ["-", "--", ":", "-."]
 MARKS = ["o", "s", "^", "D"]
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of `width` × `height` inches, drawn without a display."""
+def need_matplotlib() -> None:
+    """Raise `UserError` if figures cannot be drawn."""
     try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError(
             "figures need matplotlib, which is not installed: pip install 'sparsify-vlm[viz]'"
         ) from error
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of `width` × `height` inches, drawn without a display."""
+    need_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     with rc_context({"font.size": 10}):
         return Figure(figsize=(width, height), layout="constrained")
 

@@ -97,6 +97,7 @@ def weights(layers: int, data: bool, roles: Sequence[str]) -> Experiment:
         values[f"mean_norm_cross{end}"] = estimate(norm(2, variant))
     values["same_layer_share_per_latent.corrected"] = estimate(0.55)
     values["uniform_null"] = Estimate(2 / (layers + 1))
+    values["uniform_null.per_latent"] = Estimate(sum(1 / (n + 1) for n in range(layers)) / layers)
     if data:
         for role in roles:
             end = "" if role == "all" else f".{role}"

@@ -185,7 +185,10 @@ def _of_reach(facts: Facts) -> str:
     costly = max((d for d, e in known.items() if verdict(e) == "above"), default=-1)
     enough = [d for d in known if d > costly]
     if not enough:
-        return f"Every limit to the reach that was tried costs reconstruction (added FVU in points, {costs})."
+        return (
+            "Every limit to the reach that was tried costs reconstruction (added FVU in points, "
+            f"{costs})."
+        )
     return (
         f"There is no evidence that writes further than {min(enough)} layers matter for "
         f"reconstruction (added FVU in points, {costs}): edges up to that length may do."

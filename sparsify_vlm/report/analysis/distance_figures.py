@@ -27,7 +27,7 @@ def distance_decay(results: Results) -> Figure | None:
     if table is None:
         return None
     names = kinds(table, "variant", VARIANTS)
-    by_role = _roles(table, names[-1])
+    by_role = _roles(table)
     figure, panels = style.panels(len(names) + bool(by_role))
     distances = sorted(set(table["distance"]))
     for axes, variant in zip(panels, names, strict=False):
@@ -40,7 +40,7 @@ def distance_decay(results: Results) -> Figure | None:
         how = {"ls": "-", "marker": "o", "label": style.ROLE_NAMES[role]}
         _curve(panels[-1], rows, style.COLOURS_OF_ROLES[role], how)
     if by_role:
-        finish(panels[-1], "weighted by activity", "distance, layers", "mean decoder norm")
+        finish(panels[-1], "what is written on tokens", "distance, layers", "norm of writes / σ")
         panels[-1].legend(frameon=False, fontsize=8)
     for axes in panels:
         axes.set_ylim(bottom=0)
@@ -48,10 +48,10 @@ def distance_decay(results: Results) -> Figure | None:
     return figure
 
 
-def _roles(table: Table, variant: str) -> dict[str, list[dict[str, Any]]]:
+def _roles(table: Table) -> dict[str, list[dict[str, Any]]]:
     """Rows weighted by energy, by role."""
     found = {
-        role: table.where(variant=variant, panel="all", role=role, weighting="energy").rows()
+        role: table.where(variant="corrected", panel="all", role=role, weighting="energy").rows()
         for role in style.ROLE_NAMES
     }
     return {role: rows for role, rows in found.items() if rows}
@@ -67,7 +67,7 @@ def _curve(axes: Any, rows: list[dict[str, Any]], colour: str, how: dict[str, An
 
 
 def per_layer_patterns(results: Results) -> Figure | None:
-    """Mean decoder norm against distance, a line per source layer."""
+    """Mean decoder norm over that at the nearest target, a line per source layer."""
     table = results.table("per_layer_patterns")
     if table is None:
         return None
@@ -86,7 +86,8 @@ def per_layer_patterns(results: Results) -> Figure | None:
             rows = sorted(rows, key=lambda row: row["distance"])
             x, y = [r["distance"] for r in rows], [nan(r["mean"]) for r in rows]
             axes.plot(x, y, "o-", color=colours(scale(layer)), ms=3, lw=1.2)
-        finish(axes, VARIANTS[variant], "distance, layers", "mean decoder norm")
+        what = "norm, relative to the nearest target"
+        finish(axes, VARIANTS[variant], "distance, layers", what)
         axes.set_ylim(bottom=0)
         layer_ticks(axes.xaxis, sorted(set(table["distance"])))
     bar = figure.colorbar(ScalarMappable(scale, colours), ax=list(panels), label="source layer")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
 
 from sparsify_vlm.analysis.contrasts import minus
@@ -55,19 +54,18 @@ class Facts:
 
     @property
     def pooled_null(self) -> float | None:
-        """Share of the connections that lead to the own layer: 2 / (L + 1) where every layer
-        writes to all later ones."""
-        stated = self.results.estimate("uniform_null")
-        if stated is not None and stated.value is not None:
-            return stated.value
-        own = sum(n > 0 for n in self.targets)
-        return own / sum(self.targets) if own and self.has_own else None
+        """Share of the pairs of layers that are own ones: 2 / (L + 1) where all layers write to
+        all later ones."""
+        return self._value("uniform_null")
 
     @property
     def latent_null(self) -> float | None:
-        """Mean share of the own layer if every latent wrote alike to all its targets."""
-        known = [1 / n for n in self.targets if n > 0]
-        return fmean(known) if known and self.has_own else None
+        """Mean over live latents of the own layer's share, if all wrote alike to their targets."""
+        return self._value("uniform_null.per_latent")
+
+    def _value(self, name: str) -> float | None:
+        found = self.results.estimate(name)
+        return found.value if found is not None else None
 
     def difference(self, what: str, arm: str, other: str = "full", role: str = "all") -> Estimate:
         """`what` (fvu, ce) under an arm less that under another; paired where that is known.

@@ -25,7 +25,6 @@ Form = Callable[[float | None], str]
 NONE = "–"
 LISTED = 24
 """Rows of the table of top latents, about."""
-SAID = {"above": "higher", "below": "lower", "none": "no evidence", "unknown": "no interval"}
 
 
 def weights(results: Results) -> Section:
@@ -278,7 +277,7 @@ def distance(results: Results) -> Section:
     tables = [Rows(header, rows, "Key findings.")]
     pattern = _pattern(facts)
     if (fits := facts.results.table("fits")) is not None:
-        tables.append(_plain_table(fits.rows(), list(fits.columns), "Fits of the decay."))
+        tables += _fits(fits.rows())
     text = [f"Goal: how connections vary with layer distance. Decay pattern: {pattern}."]
     figures = [
         Picture(
@@ -286,8 +285,11 @@ def distance(results: Results) -> Section:
             "Mean decoder norm by distance. Shaded: 95 %, source layers resampled. Balanced panel: "
             "the same source layers at every distance, so that no layer drops out on the way.",
         ),
-        Picture("per_layer_patterns", "The same, a line per source layer."),
-        Picture("detailed_heatmap", "The same as a matrix."),
+        Picture(
+            "per_layer_patterns",
+            "A line per source layer: the mean norm at each distance over that at the nearest.",
+        ),
+        Picture("detailed_heatmap", "Mean norms of each source layer (rows) by distance."),
     ]
     return _section("Experiment 4: distance", results, "distance", text, tables, figures)
 
@@ -306,15 +308,35 @@ def _pattern(facts: Facts) -> str:
     return "; ".join(said)
 
 
-def _plain_table(rows: Sequence[dict[str, Any]], names: list[str], caption: str) -> Rows:
-    cells = [[_text(row[name]) for name in names] for row in rows]
-    return Rows([name.replace("_", " ") for name in names], cells, caption)
+def _fits(rows: Sequence[dict[str, Any]]) -> list[Rows]:
+    """The fits over the whole range, of all live latents alike."""
+    wanted = {"scope": "whole", "weighting": "latents", "role": "all"}
+    chosen = [row for row in rows if all(row.get(k, v) == v for k, v in wanted.items())]
+    cells = []
+    for row in chosen:
+        behind = Estimate(row["behind_best"], row["behind_best_low"], row["behind_best_high"])
+        cells.append(
+            [
+                row["variant"],
+                row["panel"],
+                row["model"],
+                *(_parameter(row, name) for name in ("half_life", "exponent", "floor")),
+                percent(row["held_out_error"]) if row["held_out_error"] is not None else NONE,
+                in_points(behind) if behind.value is not None else NONE,
+            ]
+        )
+    first = ("norms", "sources", "form", "half-life", "exponent", "floor")
+    caption = (
+        "Fits of the decay. Error: root of squared deviation over squared norm, on latents that "
+        "were not fitted to. A form is only told apart where its error lies behind the best one's."
+    )
+    header = (*first, "held-out error", "behind the best")
+    return [Rows(header, cells, caption)] if cells else []
 
 
-def _text(value: Any) -> str:
-    if value is None:
-        return NONE
-    return number(value) if isinstance(value, float) else str(value)
+def _parameter(row: dict[str, Any], name: str) -> str:
+    e = Estimate(row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high"))
+    return interval(e) if e.value is not None else NONE
 
 
 SECTIONS: dict[str, Callable[[Results], Section]] = {

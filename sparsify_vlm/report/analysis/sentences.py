@@ -170,9 +170,11 @@ def decay(which: str, distance: int, factor: Estimate | None) -> str:
     }[verdict(factor, 1.0)]
 
 
-def roles_differ(what: str, one: str, other: str, difference: Estimate | None) -> str:
-    """A share for tokens of one role less that for those of another."""
-    size = in_points(difference)
+def roles_differ(
+    what: str, one: str, other: str, difference: Estimate | None, shares: bool = True
+) -> str:
+    """A quantity for tokens of one role less that for those of another; `shares`: a percentage."""
+    size = in_points(difference) if shares else interval(difference)
     return {
         "above": f"{what} is larger on {one} than on {other}, by {size}.",
         "below": f"{what} is smaller on {one} than on {other} (difference {size}).",

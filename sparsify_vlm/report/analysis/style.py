@@ -30,7 +30,7 @@ VARIANTS = {
     "corrected": "corrected: gauge-free",
 }
 COLOURS_OF_VARIANTS = {"plain": "#0072b2", "scaled": "#56b4e9", "corrected": "#009e73"}
-NULL = {"color": "#222222", "ls": "--", "lw": 1.0}
+NULL: dict[str, Any] = {"color": "#222222", "ls": "--", "lw": 1.0}
 """How a uniform null is drawn."""
 
 ARMS = {
@@ -42,7 +42,7 @@ ARMS = {
     "random_deletion": "random deletion, equal energy",
     "no_skip": "without skip connection",
     "plt": "per-layer transcoder",
-    "random_init": "random-init CLT",
+    "random_init": "random encoders, fitted",
     "mean": "every write its mean",
     "zero": "no write",
 }
