@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
+from families import picture, shared
 from PIL import Image
+from prompts import one_prompt, random_coder
 from reference_graphs import CASES, ROOT, inputs, model
 
 from sparsify_vlm import UserError
 from sparsify_vlm.graphs import AttributionGraph, Difference, Feature, attribute
 from sparsify_vlm.graphs.export import Story, check_slug, export_graph, node_ids, slug_of
+from sparsify_vlm.replacement import VLMReplacementModel
+
+SCHEMA = json.loads(
+    (Path(__file__).parents[1] / "data" / "neuronpedia_graph.schema.json").read_text()
+)
+"""What Neuronpedia validates graphs with before it takes them."""
 
 REQUIRED = {
     "metadata": {"slug": str, "scan": str, "prompt_tokens": list, "prompt": str},
@@ -116,6 +126,34 @@ def test_what_neuronpedia_requires(tmp_path, case):
     assert len(ids) == len(set(ids))
     assert {n["feature_type"] for n in found["nodes"]} == TYPES
     assert {end for link in found["links"] for end in (link["source"], link["target"])} <= set(ids)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_neuronpedias_schema(tmp_path, case):
+    jsonschema.validate(exported(tmp_path, case), SCHEMA)
+
+
+def test_neuronpedias_schema_of_a_graph_with_a_picture(tmp_path):
+    loaded = shared("llava")
+    replaced = VLMReplacementModel(loaded, random_coder(loaded))
+    made = attribute(replaced, one_prompt(loaded), targets=[5, Difference(5, 6), torch.ones(32)])
+    story = Story("what colour ?", "red", "clt", [picture(40, 24, seed=1)], {"0_1": "a label"})
+    path = export_graph(made, tmp_path, "t", story, node_threshold=1.0, edge_threshold=1.0)
+    content = json.loads(path.read_text())
+    jsonschema.validate(content, SCHEMA)
+    assert any("patch" in node for node in content["nodes"])
+
+
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [(part, field) for part, fields in REQUIRED.items() for field in fields],
+)
+def test_the_schema_refuses_what_lacks_a_field(tmp_path, part, field):
+    content = json.loads(json.dumps(reference("llama_relu")))
+    jsonschema.validate(content, SCHEMA)  # circuit-tracer's own
+    del (content[part] if part == "metadata" else content[part][0])[field]
+    with pytest.raises(jsonschema.ValidationError, match=f"'{field}' is a required property"):
+        jsonschema.validate(content, SCHEMA)
 
 
 def test_ids_of_all_nodes_differ():
