@@ -46,12 +46,13 @@ class Prompter:
     @classmethod
     def of(cls, loaded: LoadedModel) -> Prompter:
         """The model's `Prompter`."""
+        from sparsify_vlm.models.pixel_batches import in_batches
         from sparsify_vlm.models.roles import image_token_id
 
         image_token = getattr(loaded.processor, "image_token", None) if loaded.is_vlm else None
         if loaded.is_vlm and image_token is None:
             image_token = loaded.tokenizer.convert_ids_to_tokens(image_token_id(loaded.config))
-        return cls(loaded.processor, loaded.tokenizer, image_token)
+        return cls(in_batches(loaded.processor), loaded.tokenizer, image_token)
 
     @cached_property
     def has_template(self) -> bool:
