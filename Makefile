@@ -31,10 +31,12 @@ test: lint
 
 # Figures of other runs are kept on the page if they are stored beside these, for example with
 #   python scripts/bench_step.py --config B --check --json runs/bench/step_B.json
+# Attribution is printed only; PEER_VENV=DIR measures circuit-tracer beside it, see the script.
 bench: $(VENV)/.base
 	$(BIN)/python scripts/bench_step.py --config tiny A --rounds 3 --check --json runs/bench/step.json
 	$(BIN)/python scripts/bench_capture.py --samples 500 --rounds 3 --json runs/bench/tiny_llava.json
 	$(BIN)/python scripts/bench_report.py runs/bench/*.json --output docs/benchmarks.md
+	$(BIN)/python scripts/bench_attribution.py $(if $(PEER_VENV),--peer_venv $(PEER_VENV)) --json runs/bench/attribution/text.json
 
 clean:
 	rm -rf $(VENV) runs checkpoints
