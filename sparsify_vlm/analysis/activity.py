@@ -45,6 +45,9 @@ class Activity:
     """[L, d]."""
     mean_x: Tensor
     """[L, d], over all counted tokens."""
+    mean_cross: Tensor
+    """[L, d] by target: the mean over all counted tokens of what latents write there that is not
+    their coder's first write."""
     samples: int
     """Samples the tokens are of."""
 
@@ -76,7 +79,7 @@ class _Sums:
 
         self.tokens, self.square, self.fired = zeros(R), zeros(R, L, F), zeros(R, L, F)
         self.y, self.y_square = zeros(R, L, d), zeros(R, L)
-        self.share, self.x = zeros(R, L, L), zeros(L, d)
+        self.share, self.x, self.cross = zeros(R, L, L), zeros(L, d), zeros(L, d)
         self.centre: Tensor | None = None
         self.samples = 0
 
@@ -115,6 +118,8 @@ class _Sums:
         total = torch.stack(list(parts.values())).sum(0)
         for s, part in parts.items():
             self.share[:, s, t] += member @ (part * total).sum(1)
+            if s != t - self.clt.cfg.target_offset:
+                self.cross[t] += part.sum(0)
 
     def result(self) -> Activity:
         if not self.samples or float(self.tokens[0]) == 0:
@@ -144,6 +149,7 @@ class _Sums:
             block_share=by_role(shares),
             mean_y=by_role(self.centre + mean),
             mean_x=(self.x / n[0]).cpu(),
+            mean_cross=(self.cross / n[0]).cpu(),
             samples=self.samples,
         )
 

@@ -43,6 +43,11 @@ def test_activity_is_that_of_explicit_sums(offset: int) -> None:
                     assert np.isnan(float(found.block_share[role][s, t]))
             assert float(found.block_share[role][:, t].nansum()) == pytest.approx(1)
     assert torch.equal(found.sigma, found.sigma_by_role["all"])
+    for t in range(offset, L):
+        written = [acts[s] @ array(clt.W_dec[s][t - s - offset]) for s in range(t - offset)]
+        np.testing.assert_allclose(
+            found.mean_cross[t], sum(written, np.zeros((1, D))).mean(0), rtol=1e-4, atol=1e-6
+        )
     for role in ROLES:
         of_role = y[:, tokens.chosen(role)]
         np.testing.assert_allclose(found.mean_y[role], of_role.mean(1), rtol=1e-7)
