@@ -35,18 +35,15 @@ from sparsify_vlm.graphs.effects import total_effects
 from sparsify_vlm.graphs.graph import AttributionGraph, PixelEffects
 from sparsify_vlm.graphs.targets import Target, resolve_targets
 from sparsify_vlm.models.pixels import PixelGrid, pixel_grid
-from sparsify_vlm.models.resolve import find_layers
 from sparsify_vlm.replacement.frozen import Freezer
 from sparsify_vlm.replacement.local import LocalModel, run
+from sparsify_vlm.replacement.patches import EMBEDDINGS, entering
 
 if TYPE_CHECKING:
     from sparsify_vlm.graphs.rows import Reads
 
-EMBEDDINGS = -1
-"""The place of what the first layer reads; others are the layers after which more is added."""
-
 Gradients = dict[int, Tensor]
-"""[S, T, d] by place."""
+"""[S, T, d] by place: `EMBEDDINGS`, or the layer behind which more of the image is added."""
 
 
 def pixel_effects(
@@ -218,32 +215,20 @@ def embedded(
 def _read(local: LocalModel, inputs: Mapping[str, Any]) -> dict[int, Tensor]:
     """What the layers read of the pixels. No gradient goes through a layer: behind one, only what
     was added there leads to the pixels."""
-    _, layers = find_layers(local.loaded.model)
     last = max(local.injected, default=EMBEDDINGS)
     found: dict[int, Tensor] = {}
 
-    def enter(place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        h = args[0] if args else kwargs["hidden_states"]
+    def keep(place: int, h: Tensor, before: Tensor | None) -> Tensor:
         found[place] = h
         if place == last:
             raise _Reached
-        if args:
-            return (h.detach(), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": h.detach()}
+        return h.detach()
 
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs, place=i - 1: enter(place, args, kwargs), with_kwargs=True
-        )
-        for i, layer in enumerate(layers[: last + 2])
-    ]
     try:
-        run(local.loaded, inputs)
+        with entering(local.loaded, keep):
+            run(local.loaded, inputs)
     except _Reached:
         pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

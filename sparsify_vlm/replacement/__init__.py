@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from sparsify_vlm.replacement.interventions import Intervention
     from sparsify_vlm.replacement.local import LocalModel
     from sparsify_vlm.replacement.model import VLMReplacementModel
+    from sparsify_vlm.replacement.patches import PatchIntervention
+    from sparsify_vlm.replacement.steering import SteeringVector
 
 # Imported when first used: reading the configuration must not import torch.
 _HOMES = {
@@ -20,6 +22,8 @@ _HOMES = {
     "ExcludedTokens": "excluded",
     "Intervention": "interventions",
     "LocalModel": "local",
+    "PatchIntervention": "patches",
+    "SteeringVector": "steering",
     "VLMReplacementModel": "model",
 }
 
@@ -29,6 +33,8 @@ __all__ = [
     "ExcludedTokens",
     "Intervention",
     "LocalModel",
+    "PatchIntervention",
+    "SteeringVector",
     "VLMReplacementModel",
 ]
 

@@ -1,4 +1,4 @@
-"""Setting features to values, and seeing what the model does.
+"""Setting features, steering the stream, exchanging image patches, and seeing what the model does.
 
 A feature's write changes by (u(value) − u(a)) W to every layer it writes to, a being what it was.
 
@@ -9,6 +9,8 @@ A feature's write changes by (u(value) − u(a)) W to every layer it writes to, 
                        it has become. a is the coder's on that stream.
     free               nothing is frozen.
 
+Steering vectors (`steering.py`) are added behind a layer, image tokens (`patches.py`) exchanged
+before the first, in every mode; in `constrained` all goes on through attention's values alone.
 In no mode do other features' changes propagate through the coder: the model's own MLPs carry them,
 or in `constrained` nothing does. This is circuit-tracer's `feature_intervention`.
 """
@@ -27,6 +29,8 @@ from torch import Tensor
 from sparsify_vlm.coders import Latents
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.replacement.local import LocalModel, reading_head, run
+from sparsify_vlm.replacement.patches import PatchIntervention, patched
+from sparsify_vlm.replacement.steering import SteeringVector, check_vectors
 
 if TYPE_CHECKING:
     from sparsify_vlm.replacement.model import VLMReplacementModel
@@ -45,6 +49,27 @@ class Intervention:
     every position, new tokens included."""
     latent: int
     value: float
+
+
+Change = Intervention | SteeringVector | PatchIntervention
+"""What `intervene` and `intervening` take, in any mixture."""
+
+
+def sorted_out(
+    changes: Sequence[Change],
+) -> tuple[list[Intervention], list[SteeringVector], list[PatchIntervention]]:
+    """Changes by their kind. Raises `UserError` for anything else."""
+    for one in changes:
+        if not isinstance(one, Intervention | SteeringVector | PatchIntervention):
+            raise UserError(
+                f"{type(one).__name__} is no intervention: give Intervention, SteeringVector or "
+                "PatchIntervention"
+            )
+    return (
+        [one for one in changes if isinstance(one, Intervention)],
+        [one for one in changes if isinstance(one, SteeringVector)],
+        [one for one in changes if isinstance(one, PatchIntervention)],
+    )
 
 
 @dataclass
@@ -88,16 +113,19 @@ class Intervened:
 def intervene(
     model: VLMReplacementModel,
     inputs: Mapping[str, Any] | LocalModel,
-    interventions: Sequence[Intervention],
+    changes: Sequence[Change],
     mode: Mode = "constrained",
 ) -> Intervened:
-    """Run one prompt with features set; see `VLMReplacementModel.intervene`."""
+    """Run one prompt with changes; see `VLMReplacementModel.intervene`."""
     if mode not in MODES:
         raise UserError(f"intervention mode '{mode}' is none of {', '.join(MODES)}")
     local = inputs if isinstance(inputs, LocalModel) else LocalModel(model, inputs)
-    check(model, interventions, local.n_positions)
+    features, vectors, patches = sorted_out(changes)
+    check(model, features, local.n_positions)
+    check_vectors(model, vectors, local.n_positions)
     if mode == "constrained":
-        out = local.forward(_changes(local, interventions))
+        with patched(model.loaded, patches):
+            out = local.forward(_changes(local, features, vectors))
         reads = {layer: out.reads[layer] for layer in local.latents}
         return Intervened(model, mode, out.logits, out.unembedded, reads, local.zeroed)
     head: list[Tensor] = []
@@ -105,7 +133,7 @@ def intervene(
         stack.enter_context(torch.no_grad())
         if mode == "freeze_attention":
             stack.enter_context(local.freezer.replaying(local.record, scales=False))
-        steering = stack.enter_context(steered(model, interventions, local.zeroed))
+        steering = stack.enter_context(steered(model, changes, local.zeroed))
         stack.callback(reading_head(model.loaded.model, head))
         logits = run(model.loaded, local.inputs).logits[0]
     reads = {layer: x[0] for layer, x in steering.reads.items()}
@@ -130,7 +158,9 @@ def check(
             raise UserError(f"{name}: the prompt has {n_positions} positions")
 
 
-def _changes(local: LocalModel, interventions: Sequence[Intervention]) -> dict[int, Tensor]:
+def _changes(
+    local: LocalModel, interventions: Sequence[Intervention], vectors: Sequence[SteeringVector]
+) -> dict[int, Tensor]:
     """What is added to each layer's write [S, d], from the prompt's own activations."""
     S = local.n_positions
     changes: dict[int, Tensor] = defaultdict(lambda: torch.zeros_like(local.errors[0]))
@@ -143,6 +173,9 @@ def _changes(local: LocalModel, interventions: Sequence[Intervention]) -> dict[i
             u = activation(Latents(written.u, latents.indices), one.latent)[places]
             dropped = (a > 0) & (u == 0)  # by `topk_coalesced`, whose choice stays
             changes[target][places] += added.masked_fill(dropped[:, None], 0)
+    for vector in vectors:
+        places = slice(None) if vector.position is None else slice(p := vector.position % S, p + 1)
+        changes[vector.layer][places] += (vector.strength * vector.vector).to(local.errors)
     return changes
 
 
@@ -170,19 +203,22 @@ def writes(model: VLMReplacementModel, one: Intervention, a: Tensor) -> dict[int
 @contextmanager
 def steered(
     model: VLMReplacementModel,
-    interventions: Sequence[Intervention],
+    changes: Sequence[Change],
     zeroed: Tensor | None = None,
 ) -> Iterator[Steering]:
-    """Context in which the model's own MLPs write what they do, plus the features' changes.
+    """Context in which the model's own MLPs write what they do, plus the changes.
 
     Serves whole prompts and `generate`; `zeroed` bool [S]: positions at which nothing is active.
     """
-    check(model, interventions, None)
-    steering = Steering(model, interventions, zeroed)
+    features, vectors, patches = sorted_out(changes)
+    check(model, features, None)
+    check_vectors(model, vectors, None)
+    steering = Steering(model, features, vectors, zeroed)
     stack, coded = model.loaded.stack, [model.layers[s] for s in model.clt.cfg.source_layers()]
     handle = model.loaded.model.register_forward_pre_hook(steering.begin, with_kwargs=True)
     try:
         with (
+            patched(model.loaded, patches),
             stack.replacing(steering.read, model.input_site, coded),
             stack.replacing(steering.write, "mlp_out"),
         ):
@@ -198,9 +234,10 @@ class Steering:
         self,
         model: VLMReplacementModel,
         interventions: Sequence[Intervention],
+        vectors: Sequence[SteeringVector],
         zeroed: Tensor | None,
     ) -> None:
-        self.model, self.zeroed = model, zeroed
+        self.model, self.zeroed, self.vectors = model, zeroed, vectors
         self.by_layer: dict[int, list[Intervention]] = defaultdict(list)
         for one in interventions:
             self.by_layer[one.layer].append(one)
@@ -218,10 +255,10 @@ class Steering:
     def read(self, layer: int, x: Tensor) -> None:
         """x [B, S, d] of a coder; the layer keeps its own MLP."""
         self.reads[layer] = x.detach()
-        if not self.by_layer[layer]:
-            return
         if self._past == 0:
             self._prompt = x.shape[1]
+        if not self.by_layer[layer]:
+            return
         B, S, d = x.shape
         clt = self.model.clt
         rows = x.flatten(0, 1).to(clt.device)
@@ -237,9 +274,17 @@ class Steering:
                 self._added[target][:, places] += change.view(B, -1, d).to(x)
 
     def write(self, layer: int, y: Tensor) -> Tensor | None:
-        """y with what features add."""
+        """y with what features and vectors add."""
+        if self._past == 0:
+            self._prompt = y.shape[1]
         added = self._added.pop(layer, None)
-        return None if added is None else y + added.to(y.device)
+        made = None if added is None else y + added.to(y.device)
+        for one in self.vectors:
+            if one.layer == layer:
+                made = y.clone() if made is None else made
+                places = self._places(one.position, y.shape[1])
+                made[:, places] += (one.strength * one.vector).to(made)
+        return made
 
     def _places(self, position: int | None, S: int) -> slice:
         """Where a position stands in this call, possibly nowhere."""

@@ -28,8 +28,8 @@ from sparsify_vlm.models.stack import InputSite
 from sparsify_vlm.replacement.ablation import Ablation
 from sparsify_vlm.replacement.excluded import ExcludedTokens
 from sparsify_vlm.replacement.interventions import (
+    Change,
     Intervened,
-    Intervention,
     Mode,
     intervene,
     steered,
@@ -144,12 +144,14 @@ class VLMReplacementModel:
     def intervene(
         self,
         inputs: Mapping[str, Any] | LocalModel,
-        interventions: Sequence[Intervention],
+        interventions: Sequence[Change],
         mode: Mode = "constrained",
     ) -> Intervened:
-        """Run one prompt with features set to values; nothing of the model is replaced.
+        """Run one prompt with features set to values, the stream steered or image patches
+        exchanged; nothing of the model is replaced.
 
             out = model.intervene(inputs, [Intervention(layer, position, latent, 0.0)], "free")
+            out = model.intervene(inputs, [PatchIntervention([(2, 3)], by="mean")], "free")
             out.logits, out.features(graph.active_features)
 
         `inputs` may be the prompt's `LocalModel`, which saves making it again for many runs. Modes
@@ -158,10 +160,12 @@ class VLMReplacementModel:
         return intervene(self, inputs, interventions, mode)
 
     @contextmanager
-    def intervening(self, interventions: Sequence[Intervention]) -> Iterator[None]:
-        """Context in which `loaded` runs and generates with features set, otherwise free.
+    def intervening(self, interventions: Sequence[Change]) -> Iterator[None]:
+        """Context in which `loaded` runs and generates with changes, otherwise free.
 
         with model.intervening([Intervention(6, None, 1234, 8.0)]):
+            model.loaded.model.generate(**inputs)
+        with model.intervening([SteeringVector.from_feature(model, 6, 1234, value=8.0)]):
             model.loaded.model.generate(**inputs)
 
         One prompt at a time, without padding. Raises `UserError` for what does not exist.
