@@ -181,18 +181,12 @@ class Stored(Assembled):
     def decoder_segments(self, s: int) -> list[Segment]:
         shape = (self.cfg.d_model, self.cfg.num_latents)
         names = [self._decoder(s, k) for k in range(len(self.cfg.targets(s)))]
-        return [
-            Segment([self._file.rows(f"{DECODER}.{name}.weight", shape)])
-            for name in dict.fromkeys(names)
-        ]
+        keys = [f"{DECODER}.{name}.weight" for name in dict.fromkeys(names)]
+        return [Segment([self._file.rows(key, shape) for key in keys])]
 
     def stored_blocks(self, s: int, max_bytes: int, check: bool) -> Iterator[tuple[int, Tensor]]:
-        tables = torch.cat(
-            [
-                table.clone()
-                for table in read_in_turn([part.tables for part in self.decoder_segments(s)])
-            ]
-        )
+        (segment,) = self.decoder_segments(s)
+        (tables,) = read_in_turn([segment.tables])
         if check and not is_finite(tables):
             raise self.not_finite(s)
         count = len(self.cfg.targets(s))

@@ -17,6 +17,7 @@ from torch import Tensor
 from sparsify_vlm.coders.config import CltConfig
 from sparsify_vlm.coders.formats.checked import CheckedTensors, read_json
 from sparsify_vlm.coders.formats.on_disk import Assembled, Segment, check_numbers, numbered_files
+from sparsify_vlm.coders.formats.rows import any_non_zero
 from sparsify_vlm.errors import UserError
 
 DESCRIPTION = "Gemma Scope 2's params_layer_0.safetensors"
@@ -101,7 +102,7 @@ class Stored(Assembled):
         return [Segment([self._files[s].rows("w_dec", shape)])]
 
     def arrange(self, s: int, first: int, tables: Tensor) -> Tensor:
-        if s not in self._acausal and bool(tables[0, :, :s].any()):
+        if s > 0 and s not in self._acausal and any_non_zero(tables[0, :, :s]):
             self._acausal.add(s)
             self.warnings.append(f"layer {s}: non-zero writes to earlier layers dropped")
         return tables[0, :, s:]

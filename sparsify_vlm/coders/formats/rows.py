@@ -1,7 +1,7 @@
-"""Rows of large tensors, read in order of the file through two buffers that are used in turn.
+"""Rows of large tensors, read in order of the file through one buffer that is used again.
 
-A decoder of many gigabytes is looked at once, in pieces: while one piece is worked on, a thread
-reads the next one.
+A decoder of many gigabytes is looked at once. Read in pieces that stay in the processor's cache,
+what is done with them costs little beside the reading; the kernel reads ahead meanwhile.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,26 +65,24 @@ def stored_rows(path: Path, key: str) -> Rows:
     return Rows(path, key, offset, count, tuple(shape), DTYPES[entry["dtype"]])
 
 
-def read_in_turn(
-    pieces: Sequence[Sequence[Rows]],
-) -> Iterator[Tensor]:
+def read_in_turn(pieces: Iterable[Sequence[Rows]]) -> Iterator[Tensor]:
     """For each piece its rows as [len(piece), count, *shape], in a buffer that is used again.
 
     The rows of one piece are equal in number, shape and dtype. A tensor is overwritten when the
-    next but one is asked for. Raises `UserError` for files that end too early.
+    next one is asked for. Raises `UserError` for files that end too early.
     """
-    if not pieces:
-        return
-    size = max(sum(rows.count * rows.row_bytes for rows in piece) for piece in pieces)
-    buffers = [torch.empty(size, dtype=torch.uint8) for _ in pieces[:2]]
-    files = _OpenFiles()
-    with files, ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(_read, pieces[0], buffers[0], files)
-        for i in range(len(pieces)):
-            piece = coming.result()
-            if i + 1 < len(pieces):
-                coming = reader.submit(_read, pieces[i + 1], buffers[(i + 1) % 2], files)
-            yield piece
+    buffer = torch.empty(0, dtype=torch.uint8)
+    with _OpenFiles() as files:
+        for piece in pieces:
+            first = piece[0]
+            size = first.count * first.row_bytes
+            if len(buffer) < len(piece) * size:
+                buffer = torch.empty(len(piece) * size, dtype=torch.uint8)
+            view = buffer.numpy().data
+            for place, rows in enumerate(piece):
+                _fill(view[place * size : (place + 1) * size], rows, files)
+            values = buffer[: len(piece) * size].view(first.dtype)
+            yield values.view(len(piece), first.count, *first.shape)
 
 
 class _OpenFiles:
@@ -106,16 +104,22 @@ class _OpenFiles:
         return self._descriptors[path]
 
 
-def _read(piece: Sequence[Rows], buffer: Tensor, files: _OpenFiles) -> Tensor:
-    first = piece[0]
-    size = first.count * first.row_bytes
-    for place, rows in enumerate(piece):
-        view = buffer[place * size : (place + 1) * size].numpy().data
-        done = 0
-        while done < size:
-            got = os.preadv(files.get(rows.path), [view[done:]], rows.offset + done)
-            if not got:
-                raise UserError(f"{rows.path}: the file ends within tensor '{rows.key}'")
-            done += got
-    whole = buffer[: len(piece) * size].view(first.dtype)
-    return whole.view(len(piece), first.count, *first.shape)
+def _fill(place: memoryview, rows: Rows, files: _OpenFiles) -> None:
+    """Read all of `rows` into `place`."""
+    done = 0
+    while done < len(place):
+        got = os.preadv(files.get(rows.path), [place[done:]], rows.offset + done)
+        if not got:
+            raise UserError(f"{rows.path}: the file ends within tensor '{rows.key}'")
+        done += got
+
+
+def any_non_zero(tensor: Tensor) -> bool:
+    """Whether a value of [rows, ...], whose rows are contiguous, is not 0; -0 counts as 0.
+
+    Looks at the bits, eight bytes at a time: some ten times as fast as `tensor.any()`.
+    """
+    bits = tensor.flatten(1).view(torch.uint8).numpy()
+    words = bits[:, : bits.shape[1] // 8 * 8]
+    suspicious = bool(np.bitwise_or.reduce(words.view(np.int64), axis=None))
+    return (suspicious or words.shape != bits.shape) and bool(tensor.any())

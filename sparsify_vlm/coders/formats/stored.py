@@ -14,7 +14,8 @@ from sparsify_vlm.coders.clt import Clt
 from sparsify_vlm.coders.config import CltConfig
 from sparsify_vlm.errors import UserError
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 2 << 20
+"""A piece of a decoder that stays in the processor's cache while it is worked on."""
 
 
 class StoredClt(ABC):
@@ -50,9 +51,9 @@ class StoredClt(ABC):
         """Pieces (i, W [rows, n_targets, d]) of the decoders of layer `s`, rows in order from i.
 
         W[j, k]: what one unit of the activation of latent i + j adds to ŷ of the k-th target of s,
-        in y's units. W is of the stored dtype or float32, strided, and overwritten by the next but
-        one step; about 2 `max_bytes` are in use. NaN and infinite values raise `UserError` naming
-        file and key, unless `check` is False: then `not_finite` finds them.
+        in y's units. W is of the stored dtype or float32, strided, and overwritten by the next
+        step. Larger pieces than the default are slower. NaN and infinite values raise `UserError`
+        naming file and key, unless `check` is False: then `not_finite` finds them.
         """
 
     @abstractmethod
