@@ -14,6 +14,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -209,10 +210,13 @@ class StoreWriter:
         name = shard_name(len(self.shards))
         tables = _tables(batches, self._first_samples(batches))
         ids = [id for batch in batches for id in batch.samples]
-        digests = {}
-        for kind, pieces in tables.items():
-            about = {"sample_ids": ids} if kind == "x" else {}
-            digests[kind] = self._write_file(name, kind, pieces, about)
+        about: dict[str, dict[str, Any]] = {"x": {"sample_ids": ids}, "y": {}}
+        with ThreadPoolExecutor(len(tables), "shard file") as pool:
+            files = {
+                kind: pool.submit(self._write_file, name, kind, pieces, about[kind])
+                for kind, pieces in tables.items()
+            }
+        digests = {kind: file.result() for kind, file in files.items()}
         shard = Shard(
             name=name,
             batches=len(batches),

@@ -39,12 +39,13 @@ def in_batches(processor: Any) -> Any:
     from transformers.image_processing_backends import PilBackend
 
     steps = getattr(processor, "image_processor", None)
+    kind: Any = type(steps)
     if not isinstance(steps, PilBackend) or any(
-        getattr(type(steps), name) is not getattr(PilBackend, name) for name in PLAIN
+        getattr(kind, name) is not getattr(PilBackend, name) for name in PLAIN
     ):
         return processor
     quick, made = copy.copy(steps), copy.copy(processor)
-    quick.__class__ = _in_batches(type(steps))
+    quick.__class__ = _in_batches(kind)
     made.image_processor = quick
     return made
 
