@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from sparsify_vlm.analysis.ablation import ablation
 from sparsify_vlm.analysis.activity import Activity, activity
 from sparsify_vlm.analysis.config import AnalyzeConfig, read_labels
 from sparsify_vlm.analysis.decoders import Decoders, read_decoders
@@ -25,7 +26,7 @@ from sparsify_vlm.analysis.results import Results
 from sparsify_vlm.analysis.tables import Experiment
 from sparsify_vlm.analysis.tokens import Tokens, token_batches
 from sparsify_vlm.analysis.weights import weights
-from sparsify_vlm.coders import Clt
+from sparsify_vlm.coders import Clt, load_clt
 from sparsify_vlm.coders.formats import InMemory, StoredClt, open_clt
 from sparsify_vlm.data import ActivationStore, DataConfig
 from sparsify_vlm.progress import Progress
@@ -48,6 +49,8 @@ class _Measured:
     model: VLMReplacementModel | None = None
     tokens: Tokens | None = None
     activity: Activity | None = None
+    plt: Clt | None = None
+    """Per-layer transcoders trained alike."""
 
 
 def run_experiments(
@@ -77,6 +80,8 @@ def _decoders(stored: StoredClt, quiet: bool) -> Decoders:
 
 def _add_tokens(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> None:
     """Load what the tokens need, and measure the activity on them."""
+    if cfg.plt is not None:
+        measured.plt = load_clt(cfg.plt)
     clt = measured.stored.load()
     if cfg.activations:
         measured.clt = clt
@@ -122,7 +127,16 @@ def _features(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experimen
 
 
 def _ablation(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experiment:
-    raise NotImplementedError
+    assert measured.clt is not None
+    assert measured.tokens is not None
+    return ablation(
+        measured.model or measured.clt,
+        measured.tokens,
+        plt=measured.plt,
+        measured=measured.activity,
+        seed=cfg.seed,
+        quiet=quiet,
+    )
 
 
 EXPERIMENTS: dict[str, Callable[[_Measured, AnalyzeConfig, bool], Experiment]] = {

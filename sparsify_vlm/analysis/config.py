@@ -128,7 +128,8 @@ class AnalyzeConfig(ModelConfig, DataConfig):
     none."""
 
     bootstrap: int | None = None
-    """Resamples behind each interval. Default: 2000, with fewer than 30 clusters 20000."""
+    """Resamples behind intervals over source layers. Default: 2000, with fewer than 30 layers
+    20000."""
 
     seed: int = 0
     """Seed of all that is random."""

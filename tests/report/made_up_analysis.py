@@ -163,7 +163,7 @@ def ablation(layers: int, roles: Sequence[str]) -> Experiment:
             f"delta_ce.{arm}": estimate(fvu, 0.05),
         }
         if arm != "full":
-            values[f"ce_difference.{arm}"] = estimate(fvu - ARMS["full"], 0.02)
+            values[f"delta_ce_difference.{arm}"] = estimate(fvu - ARMS["full"], 0.02)
         for layer in (-1, *range(layers)):
             scope, size = ("all_layers", 1.0) if layer < 0 else ("one_layer", 0.1 + 0.02 * layer)
             loss.append(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sparsify_vlm.analysis.compare import Comparison
 
 SIDES = {"text": "text model", "vlm": "vision-language model"}
-COLOURS = {"text": "#d55e00", "vlm": "#0072b2"}
+COLOURS = {"text": "#333333", "vlm": "#0072b2"}
 MARKS = {"text": "o", "vlm": "s"}
 
 SHARES = {
@@ -50,8 +50,7 @@ def decay_curves(comparison: Comparison) -> Figure | None:
     panels = _panels(comparison)
     if not panels:
         return None
-    figure = new_figure(4.9 * len(panels), 3.9)
-    all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    figure, all_axes = style.panels(len(panels), sharey=True)
     for axes, (title, x, kinds) in zip(all_axes, panels, strict=True):
         for side, role, colour, where in kinds:
             rows = sorted(table.where(side=side, **where).rows(), key=lambda row: row[x])
@@ -66,7 +65,7 @@ def decay_curves(comparison: Comparison) -> Figure | None:
         axes.legend(frameon=False, fontsize=8)
         if x == "distance":
             layer_ticks(axes.xaxis, sorted(set(table["distance"])))
-    all_axes[0].set_ylabel("mean decoder norm, relative to the nearest")
+    figure.supylabel("mean decoder norm, relative to the nearest target", fontsize=10)
     return figure
 
 
@@ -106,12 +105,11 @@ def shares(comparison: Comparison) -> Figure | None:
     figure = new_figure(7.4, 0.55 * len(names) + 1.5)
     axes = figure.subplots()
     _forest(axes, comparison, names, SHARES)
-    for name, side in (("uniform_null", "text"), ("uniform_null", "vlm")):
-        null = comparison.contrasts.get(name)
-        value = getattr(null, side).value if null else None
-        if value is not None:
-            label = "uniform null of norms" if side == "text" else None
-            axes.axvline(value, label=label, **style.NULL)
+    nulls = comparison.contrasts.get("uniform_null")
+    if nulls is not None and nulls.text.value is not None and nulls.vlm.value is not None:
+        how = style.NULL | {"color": COLOURS["text"]}
+        axes.axvline(nulls.text.value, label="uniform null of norms", **how)
+        axes.axvline(nulls.vlm.value, **style.NULL | {"color": COLOURS["vlm"], "ls": ":"})
     axes.set_xlim(0, 1)
     axes.set_xlabel("the own layer's share")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
@@ -162,7 +160,7 @@ def use(comparison: Comparison) -> Figure | None:
 def ablation_cost(comparison: Comparison) -> Figure | None:
     """FVU and cross-entropy that each arm adds to the full CLT's."""
     panels = []
-    for what, title in (("fvu", "added FVU"), ("ce", "added cross-entropy, nats a token")):
+    for what, title in (("fvu", "added FVU"), ("delta_ce", "added cross-entropy, nats a token")):
         start = f"{what}_difference."
         found = {n: n.removeprefix(start) for n in comparison.contrasts if n.startswith(start)}
         known = {n: arm for n, arm in found.items() if "." not in arm and arm not in FAR}
@@ -214,6 +212,8 @@ def roles(comparison: Comparison) -> Figure | None:
         }
         axes.set_xticks(range(len(found)), [short[role] for role in found])
         axes.set_xlim(-0.6, len(found) - 0.4)
+        axes.margins(y=0.2)
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         finish(axes, BY_ROLE[name], "", "")
     return figure
 

@@ -53,7 +53,7 @@ HEADLINES: dict[str, tuple[str, Form]] = {
         percent,
     ),
     "fvu_difference.plt": ("The FVU of per-layer transcoders above the CLT's", percent),
-    "ce_difference.same_only": ("The cross-entropy added by zeroing them (nats)", number),
+    "delta_ce_difference.same_only": ("The cross-entropy added by zeroing them (nats)", number),
     "kl.full": ("The KL of the model with the full CLT (nats)", number),
 }
 BY_ROLE_WORDS = {
@@ -66,8 +66,8 @@ BY_ROLE_WORDS = {
 }
 HOW_TO_READ = (
     "A difference is the vision-language model's number less the text model's. A direction is "
-    "named where its 95 % interval lies on one side of zero; “no evidence” is said where it does not, "
-    "which is not evidence of equality: the interval says how large a difference could still be. "
+    "named where its 95 % interval lies on one side of zero; “no evidence” is said where it does "
+    "not, which is no evidence of equality: the interval says how large a difference may still be. "
     "No correction is made for the number of quantities compared: of twenty without any difference "
     "one may be expected to seem to have one."
 )
@@ -113,7 +113,7 @@ def build(found: Comparison) -> Page:
                 Picture(
                     "decay_curves",
                     "Mean decoder norm by distance, over that at the nearest distance. Shaded: "
-                    "95 %, over seeds, or with one seed over source layers.",
+                    "95 %, over seeds; with one seed that of the mean norm over source layers.",
                 ),
             ],
         ),

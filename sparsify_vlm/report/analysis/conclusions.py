@@ -55,11 +55,11 @@ def _weights(facts: Facts) -> str:
     corrected = facts.get("same_layer_share_squared_norm", "corrected")
     null = facts.pooled_null
     told = [
-        sentences.own_share("Of the summed decoder norms, raw", plain, null),
-        sentences.own_share("Of the summed squared norms, raw", squared, null),
+        sentences.own_share("Of the mean decoder norms of all pairs of layers, raw", plain, null),
+        sentences.own_share("Of the squared norms, raw", squared, null),
     ]
     if corrected is not None:
-        told.append(sentences.own_share("Of the summed squared norms, gauge-free", corrected, null))
+        told.append(sentences.own_share("Of the squared norms, gauge-free", corrected, null))
         if null is not None:
             verdicts = verdict(squared, null), verdict(corrected, null)
             told.append(sentences.agreement(*verdicts, "the own layer's share"))
@@ -100,10 +100,13 @@ def _ablation(facts: Facts) -> str:
         level = facts.arm("fvu", arm)
         if level is not None:
             told.append(sentences.ablated(how, full, level, facts.difference("fvu", arm)))
-    told.append(sentences.refitted(facts.difference("fvu", "refit")))
+    refit = facts.difference("fvu", "refit")
+    told.append(sentences.refitted(refit, facts.get("refit_recovers")))
     told.append(sentences.beside_random(facts.difference("fvu", "same_only", "random_deletion")))
     told.append(sentences.beside_plt(facts.difference("fvu", "plt")))
-    told.append(sentences.loss("With all layers replaced", facts.difference("ce", "same_only")))
+    told.append(
+        sentences.loss("With all layers replaced", facts.difference("delta_ce", "same_only"))
+    )
     told += _roles(facts, "fvu_difference.same_only", "The rise of FVU by the cut")
     return _joined(*told)
 

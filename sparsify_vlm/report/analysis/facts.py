@@ -68,7 +68,7 @@ class Facts:
         return found.value if found is not None else None
 
     def difference(self, what: str, arm: str, other: str = "full", role: str = "all") -> Estimate:
-        """`what` (fvu, ce) under an arm less that under another; paired where that is known.
+        """`what` (fvu, delta_ce) under an arm less that under another; paired where that is known.
 
         Otherwise the two are treated as independent.
         """

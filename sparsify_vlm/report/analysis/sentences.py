@@ -84,19 +84,28 @@ def loss(how: str, difference: Estimate | None) -> str:
     }[verdict(difference)]
 
 
-def refitted(difference: Estimate | None) -> str:
-    """The arm in which same-layer decoders were refitted, less the full coder."""
+def refitted(difference: Estimate | None, recovers: Estimate | None = None) -> str:
+    """The arm in which same-layer decoders were refitted, less the full coder; `recovers`: the
+    share of the FVU added by the cut that refitting takes away again."""
     size = in_points(difference)
+    if recovers is not None and recovers.value is not None and recovers.value < 0:
+        return (
+            "Refitted same-layer decoders are worse than the cut alone on the samples they were "
+            f"not fitted to (FVU above the full CLT's: {size}). There were too few tokens to fit "
+            "them, so they say nothing about what cross-layer writes are needed for."
+        )
+    share = f" ({interval(recovers, percent)} of the rise taken away)" * (recovers is not None)
     return {
-        "above": "Refitting the same-layer decoders on the same latents does not make up for the "
-        f"cut: FVU stays above the full CLT's by {size}. That much of what is written across "
-        "layers no linear decoder of the own layer's latents replaces on these tokens.",
-        "below": "Same-layer decoders refitted on the same latents even reconstruct better than "
-        f"the full CLT (difference {size}): the cost of the plain cut says nothing about what "
-        "cross-layer decoders are needed for.",
-        "none": "With same-layer decoders refitted on the same latents there is no evidence that "
-        f"FVU is above the full CLT's (difference {size}): what the plain cut costs can be made "
-        "up without cross-layer writes.",
+        "above": f"Refitting the same-layer decoders on the same latents{share} does not make up "
+        f"for the cut: FVU stays above the full CLT's by {size}. What is missing was not made up "
+        "by linear decoders of the own layer's latents, fitted on the other half of the samples.",
+        "below": f"Same-layer decoders refitted on the same latents{share} reconstruct better than "
+        f"the full CLT (difference {size}): what the plain cut costs is no sign that cross-layer "
+        "decoders are needed. Refitting also makes up for what training left undone, so this does "
+        "not say that the full CLT could not be as good.",
+        "none": f"With same-layer decoders refitted on the same latents{share} there is no "
+        f"evidence that FVU is above the full CLT's (difference {size}). Refitting also makes up "
+        "for what training left undone, so cross-layer writes may still be worth something.",
         "unknown": f"With same-layer decoders refitted, FVU differs from the full CLT's by {size}; "
         f"{NO_CLAIM}.",
         "undefined": "",
