@@ -56,8 +56,14 @@ def ask(
     return reply.status, dict(reply.getheaders()), reply.read()
 
 
+def version(server: ViewerServer) -> str:
+    """Of the marks that are there now."""
+    return ask(server, "GET", "/marks.json")[1].get("ETag", "none")
+
+
 def post(server: ViewerServer, body: bytes, **changes: str | None) -> int:
     headers = {
+        "If_Match": version(server),
         "Origin": f"http://127.0.0.1:{server.server_port}",
         "Content_Type": "application/json",
         "Content_Length": str(len(body)),
@@ -144,9 +150,8 @@ def test_a_link_put_there_later_gives_nothing_away(server: ViewerServer, folder:
     status, _, body = ask(server, "GET", "/marks.json")
     assert status == 500
     assert b"outside" not in body
-    assert post(server, json.dumps(MARKS).encode()) == 200
+    assert post(server, json.dumps(MARKS).encode()) == 500
     assert (folder.parent / "secret.png").read_text() == "outside"
-    assert not (folder / "marks.json").is_symlink()
 
 
 def test_marks_are_written_and_read_again(server: ViewerServer, folder: Path) -> None:
@@ -157,9 +162,32 @@ def test_marks_are_written_and_read_again(server: ViewerServer, folder: Path) ->
     assert [p.name for p in folder.iterdir() if p.name.endswith(".tmp")] == []
 
 
+def test_a_change_of_other_marks_is_refused(server: ViewerServer, folder: Path) -> None:
+    """Of two pages that read the same marks the first to save wins, and the second is told."""
+    read = version(server)
+    assert post(server, json.dumps(MARKS).encode(), If_Match=read) == 200
+    other = no_marks() | {"labels": {"3_12_74": "another"}}
+    assert post(server, json.dumps(other).encode(), If_Match=read) == 409
+    assert json.loads((folder / "marks.json").read_text()) == MARKS
+    headers = {"Origin": server.url.rstrip("/"), "Content_Type": "application/json"}
+    body = json.dumps(other).encode()
+    sent = {"If_Match": version(server), "Content_Length": str(len(body))}
+    status, answer, _ = ask(server, "POST", "/marks.json", body, **headers, **sent)
+    assert (status, answer["ETag"]) == (200, version(server))
+    # and so is one that the file itself has gone past, whoever wrote it
+    (folder / "marks.json").write_text(json.dumps(MARKS))
+    assert post(server, body, If_Match=answer["ETag"]) == 409
+    # the same marks are the same version
+    assert version(server) != read
+    (folder / "marks.json").unlink()
+    assert version(server) == read
+
+
 @pytest.mark.parametrize(
     ("body", "changes", "status"),
     [
+        (MARKS, {"If_Match": None}, 428),
+        (MARKS, {"If_Match": "*"}, 409),
         (MARKS, {"Origin": "http://evil.example"}, 403),
         (MARKS, {"Origin": "null"}, 403),
         (MARKS, {"Origin": None}, 403),

@@ -8,11 +8,12 @@ a page of this server (`Origin`).
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import socketserver
 import threading
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -69,7 +70,7 @@ def _answers(folder: GraphFolder) -> dict[str, _Answer]:
     answers = {
         "/": _kept(HTML, page.encode()),
         "/data.json": _kept(JSON, page_data(folder)),
-        "/marks.json": _Answer(JSON, lambda: json.dumps(folder.marks()).encode()),
+        "/marks.json": _Answer(JSON, lambda: _marks(folder)),
     }
     for name, path in folder.pictures.items():
         # Read now: what stands there later may be a link.
@@ -78,6 +79,15 @@ def _answers(folder: GraphFolder) -> dict[str, _Answer]:
         type = TYPES[Path(asset.name).suffix]
         answers[f"/assets/{asset.name}"] = _Answer(type, asset.read_bytes)
     return answers
+
+
+def _marks(folder: GraphFolder) -> bytes:
+    return json.dumps(folder.marks()).encode()
+
+
+def _version(marks: bytes) -> str:
+    """The `ETag` of marks: other marks have another one, whoever wrote them."""
+    return f'"{hashlib.sha256(marks).hexdigest()[:16]}"'
 
 
 class ViewerServer(ThreadingHTTPServer):
@@ -142,7 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
         except UserError as error:
             self._refuse(500, str(error))
             return
-        self._reply(200, answer.type, body if with_body else b"", len(body))
+        tag = {"ETag": _version(body)} if answer.type == JSON else {}
+        self._reply(200, answer.type, body if with_body else b"", len(body), tag)
 
     def do_POST(self) -> None:
         if not self._is_for_us():
@@ -155,6 +166,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(403, "not from a page of this server")
         elif self.headers.get_content_type() != JSON:
             self._refuse(415, "marks are application/json")
+        elif self.headers.get("If-Match") is None:
+            self._refuse(428, "If-Match is missing: which marks are these a change of?")
         elif not (length := self.headers.get("Content-Length", "")).isdecimal():
             self._refuse(411, "Content-Length is missing")
         elif int(length) > MOST_BYTES:
@@ -167,13 +180,19 @@ class _Handler(BaseHTTPRequestHandler):
             marks = json.loads(body)
             check_marks(marks)
             with self.server.writing:
+                if self.headers.get("If-Match") != _version(_marks(self.server.folder)):
+                    self._refuse(409, "marks.json has been changed since this page read it")
+                    return
                 write_json(self.server.folder.path / "marks.json", marks)
+                tag = {"ETag": _version(_marks(self.server.folder))}
+        except UserError as error:
+            self._refuse(500, str(error))
         except (ValueError, RecursionError) as error:
             self._refuse(400, f"marks.json was not written: {error}")
         except OSError as error:
             self._refuse(500, f"marks.json cannot be written: {error.strerror}")
         else:
-            self._reply(200, JSON, b"{}", 2)
+            self._reply(200, JSON, b"{}", 2, tag)
 
     def _is_for_us(self) -> bool:
         """Whether `Host` names this server; refuses the request if not."""
@@ -187,9 +206,17 @@ class _Handler(BaseHTTPRequestHandler):
         body = why.encode()
         self._reply(status, "text/plain; charset=utf-8", body, len(body))
 
-    def _reply(self, status: int, type: str, body: bytes, length: int) -> None:
+    def _reply(
+        self,
+        status: int,
+        type: str,
+        body: bytes,
+        length: int,
+        more: Mapping[str, str] | None = None,
+    ) -> None:
         self.send_response(status)
-        for name, value in {**HEADERS, "Content-Type": type, "Content-Length": str(length)}.items():
+        own = {"Content-Type": type, "Content-Length": str(length), **(more or {})}
+        for name, value in {**HEADERS, **own}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -3,7 +3,7 @@
 import { clear, count, el, percent, visible } from "./dom.js";
 import { DetailsView } from "./details.js";
 import { GraphView } from "./graph.js";
-import { Marks, keepInPage, saveToServer } from "./marks.js";
+import { Marks, keepInPage, savingToServer } from "./marks.js";
 import { Model } from "./model.js";
 import { answerText } from "./names.js";
 import { PictureView } from "./picture.js";
@@ -16,14 +16,14 @@ async function read() {
   const inline = document.getElementById("data");
   if (inline) {
     const marks = JSON.parse(document.getElementById("marks").textContent);
-    return { data: JSON.parse(inline.textContent), marks, standalone: true };
+    return { data: JSON.parse(inline.textContent), marks: new Marks(marks, keepInPage), standalone: true };
   }
   const [data, marks] = await Promise.all(["data.json", "marks.json"].map(async (name) => {
     const reply = await fetch(name);
     if (!reply.ok) throw new Error(await reply.text());
-    return reply.json();
+    return { value: await reply.json(), version: reply.headers.get("ETag") };
   }));
-  return { data, marks, standalone: false };
+  return { data: data.value, marks: new Marks(marks.value, savingToServer(marks.version)), standalone: false };
 }
 
 function title(state) {
@@ -76,6 +76,15 @@ function controls(state) {
   el("div", { class: "segments", role: "group", "aria-label": "what lights up" }, paths)];
 }
 
+// Said where it cannot be missed, once another page has written the marks.
+function staleNotice(marks) {
+  const notice = el("p", { class: "notice stale", role: "alert", hidden: true },
+    "Not saved: another page, or a program, has changed marks.json since this page read it. Reloading shows what is saved there, without this page's last changes. ",
+    el("button", { type: "button", class: "reload", onclick: () => location.reload() }, "Reload"));
+  marks.onStale = () => { notice.hidden = false; };
+  return notice;
+}
+
 function legend() {
   const item = (kind, text) => el("span", {}, el("i", { class: `mark ${kind}`, "aria-hidden": "true" }), text);
   return el("p", { class: "key" }, item("feature", "feature"), item("token", "input"), item("error", "error (unexplained)"),
@@ -96,7 +105,7 @@ function keys(event, state, views) {
 async function start() {
   const { data, marks, standalone } = await read();
   const model = new Model(data);
-  const state = new State(model, new Marks(marks, standalone ? keepInPage : saveToServer));
+  const state = new State(model, marks);
   const views = { graph: new GraphView(state, model.pictures), search: new SearchView(state) };
   const picture = model.images.length ? new PictureView(state, model.pictures) : null;
   views.search.onChosen = (index) => views.graph.moveTo(index);
@@ -104,7 +113,7 @@ async function start() {
   const notice = model.repeated_ids ? el("p", { class: "notice" },
     `${count(model.repeated_ids, "node")} left out: the file gives them the id of another one, so their links cannot be told apart.`) : null;
   const skip = el("button", { type: "button", class: "skip", onclick: () => views.graph.moveTo(state.focus) }, "Go to the graph");
-  clear(document.getElementById("app"), skip, title(state), el("div", { class: "bar-top" }, controls(state), views.search.root), notice,
+  clear(document.getElementById("app"), skip, title(state), el("div", { class: "bar-top" }, controls(state), views.search.root), notice, staleNotice(marks),
     el("main", {}, el("div", { class: "left" }, picture?.root, new WordsView(state).root),
       el("div", { class: "middle" }, legend(), views.graph.scroll),
       el("div", { class: "right" }, new DetailsView(state, model.pictures).root, new ShelfView(state, standalone).root)));

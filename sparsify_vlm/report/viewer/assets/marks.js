@@ -7,6 +7,7 @@ export class Marks {
     this.save = save;
     this.listeners = [];
     this.onStatus = () => {};
+    this.onStale = () => {};
     this.status = "";
     this.pending = Promise.resolve();
   }
@@ -61,7 +62,10 @@ export class Marks {
     // One after the other, so that the last change is the last one written.
     this.pending = this.pending.then(() => this.save(this.value)).then(
       (status) => this.tell(status),
-      (error) => this.tell(`not saved: ${error.message}`),
+      (error) => {
+        this.tell(`not saved: ${error.message}`);
+        if (error instanceof StaleError) this.onStale();
+      },
     );
   }
 
@@ -75,11 +79,20 @@ export class Marks {
   }
 }
 
-export async function saveToServer(value) {
-  const headers = { "Content-Type": "application/json" };
-  const reply = await fetch("marks.json", { method: "POST", headers, body: JSON.stringify(value) });
-  if (!reply.ok) throw new Error(await reply.text());
-  return "saved in marks.json";
+// The marks of the folder have changed since this page read them.
+class StaleError extends Error {}
+
+// Saves marks whose version on the server was `version` when they were read.
+export function savingToServer(version) {
+  let known = version;
+  return async (value) => {
+    const headers = { "Content-Type": "application/json", "If-Match": known };
+    const reply = await fetch("marks.json", { method: "POST", headers, body: JSON.stringify(value) });
+    if (reply.status === 409) throw new StaleError(await reply.text());
+    if (!reply.ok) throw new Error(await reply.text());
+    known = reply.headers.get("ETag");
+    return "saved in marks.json";
+  };
 }
 
 export async function keepInPage() {
