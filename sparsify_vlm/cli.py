@@ -127,6 +127,12 @@ def _demo() -> tuple[dict[str, type], Callable[..., object]]:
     return {"cfg": DemoConfig}, run_demo
 
 
+def _export() -> tuple[dict[str, type], Callable[..., object]]:
+    from sparsify_vlm.coders.formats.export import ExportConfig, export
+
+    return {"cfg": ExportConfig}, export
+
+
 def _view() -> tuple[dict[str, type], Callable[..., object]]:
     from sparsify_vlm.report.viewer import ViewConfig, view
 
@@ -181,6 +187,11 @@ COMMANDS: dict[str, Command] = {
         "memory and time a training run would take, before anything is loaded",
         ("model",),
         _estimate,
+    ),
+    "export": Command(
+        "write a coder in another program's layout",
+        ("clt", "format", "output_dir"),
+        _export,
     ),
     "view": Command(
         "show an attribution graph in the browser, or as one HTML file",

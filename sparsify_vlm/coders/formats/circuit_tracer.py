@@ -23,6 +23,7 @@ DESCRIPTION = "circuit-tracer's config.yaml with W_enc_0.safetensors"
 
 # TransformerLens puts `hook_mlp_in`, as `hook_resid_mid`, before the norm; `mlp.hook_in` after it.
 INPUT_SITES = {"hook_resid_mid": "resid_mid", "hook_mlp_in": "resid_mid", "mlp.hook_in": "mlp_in"}
+KIND = "cross_layer_transcoder"
 OUTPUT_HOOKS = ("hook_mlp_out", "mlp.hook_out")
 
 
@@ -79,7 +80,7 @@ class Stored(Assembled):
             )
         return threshold
 
-    def output_bias(self, t: int) -> Tensor:
+    def stored_bias(self, t: int) -> Tensor:
         return self._read("b_dec", t, self.cfg.d_model)
 
     def decoder_segments(self, s: int) -> list[Segment]:
@@ -107,8 +108,8 @@ def _from_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable as YAML") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a mapping")
-    kind = values.get("model_kind", "cross_layer_transcoder")
-    if kind != "cross_layer_transcoder":
+    kind = values.get("model_kind", KIND)
+    if kind != KIND:
         raise UserError(f"{path}: model_kind '{kind}' cannot be read here")
     hook_in = values.get("feature_input_hook", "hook_resid_mid")
     hook_out = values.get("feature_output_hook", "hook_mlp_out")

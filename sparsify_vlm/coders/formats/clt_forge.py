@@ -117,7 +117,7 @@ class Stored(Assembled):
     def threshold(self, s: int) -> Tensor:
         return torch.cat(self._row("log_threshold", s)).exp()
 
-    def output_bias(self, t: int) -> Tensor:
+    def stored_bias(self, t: int) -> Tensor:
         biases = self._biases()
         return torch.stack([biases[self._pair(s, k)] for s, k in self.cfg.sources(t)]).sum(0)
 

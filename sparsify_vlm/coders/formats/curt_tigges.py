@@ -155,7 +155,7 @@ class Stored(Assembled):
         theta = self._file.read_row(THRESHOLD, s, shape).exp()
         return torch.nextafter(theta, torch.zeros_like(theta))  # active at theta itself too
 
-    def skip(self, s: int, k: int) -> Tensor | None:
+    def stored_skip(self, s: int, k: int) -> Tensor | None:
         if not self.cfg.skip_connection:
             return None
         d, t = self.cfg.d_model, self.cfg.targets(s)[k]
@@ -164,7 +164,7 @@ class Stored(Assembled):
             return W
         return W / self._norm("x_std", s) * self._norm("y_std", t)[:, None]
 
-    def output_bias(self, t: int) -> Tensor:
+    def stored_bias(self, t: int) -> Tensor:
         names = {f"{DECODER}.{self._decoder(s, k)}.bias_param" for s, k in self.cfg.sources(t)}
         bias = sum(
             (self._file.read(name, (self.cfg.d_model,)) for name in sorted(names)),
@@ -174,7 +174,7 @@ class Stored(Assembled):
             return bias
         bias = bias * self._norm("y_std", t) + self._norm("y_mean", t)
         for s, k in self.cfg.sources(t):
-            if (W := self.skip(s, k)) is not None:
+            if (W := self.stored_skip(s, k)) is not None:
                 bias = bias - W @ self._norm("x_mean", s)
         return bias
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsify_vlm.coders.clt import Clt
 from sparsify_vlm.coders.formats import curt_tigges, eleuther
 from sparsify_vlm.coders.formats.checked import CheckedTensors
-from sparsify_vlm.coders.formats.eleuther_tensors import target_key
+from sparsify_vlm.coders.formats.eleuther_tensors import stored_bias, stored_skip, target_key
 from sparsify_vlm.coders.formats.on_disk import OnDisk, Segment
 from sparsify_vlm.coders.formats.rows import Rows
 from sparsify_vlm.coders.formats.stored import full_threshold
@@ -66,6 +66,16 @@ class Stored(OnDisk):
 
     def load(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Clt:
         return eleuther.load(self.path, device, dtype)
+
+    def output_bias(self, t: int) -> Tensor:
+        parts = [stored_bias(self.cfg, s, k, self._files[s]) for s, k in self.cfg.sources(t)]
+        found = [part for part in parts if part is not None]
+        return torch.stack(found).sum(0) * self.out_scale(t)
+
+    def skip(self, s: int, k: int) -> Tensor | None:
+        W, t = stored_skip(self.cfg, s, k, self._files[s]), self.cfg.targets(s)[k]
+        factor = self.in_scale(s) * self.cfg.write_factor(s, t) * self.out_scale(t)
+        return None if W is None else W * factor
 
     # ---- decoders
 

@@ -76,17 +76,29 @@ def read_layer(clt: Clt, s: int, file: CheckedTensors, n_sources: int | None) ->
         clt.threshold[s].copy_(file.read("threshold", tuple(clt.threshold[s].shape)))
 
 
-def _read_bias_and_skip(clt: Clt, s: int, k: int, file: CheckedTensors) -> None:
-    cfg = clt.cfg
+def stored_bias(cfg: CltConfig, s: int, k: int, file: CheckedTensors) -> Tensor | None:
+    """What layer `s` adds to the bias [d] of its k-th target, if the bias is stored with it."""
     if k > 0 and cfg.coalesce_topk != "none":
-        return
-    t, d = cfg.targets(s)[k], cfg.d_model
+        return None
+    factor = nearest_share(cfg) if k == 0 else cfg.write_factor(s, cfg.targets(s)[k])
+    return file.read(target_key("b_dec", k, file), (cfg.d_model,)) * factor
+
+
+def stored_skip(cfg: CltConfig, s: int, k: int, file: CheckedTensors) -> Tensor | None:
+    """W_skip [d, d] of layer `s` to its k-th target, if there is one."""
+    if not cfg.skip_connection or (k > 0 and cfg.coalesce_topk != "none"):
+        return None
     share = nearest_share(cfg) if k == 0 else 1.0
-    factor = share if k == 0 else clt.write_factor(s, t)
-    bias = file.read(target_key("b_dec", k, file), (d,))
-    clt.b_dec[t].add_(bias.to(clt.b_dec[t]) * factor)
-    if (W_skip := clt.skip(s, k)) is not None:
-        W_skip.copy_(file.read(target_key("W_skip", k, file), (d, d)) * share)
+    return file.read(target_key("W_skip", k, file), (cfg.d_model, cfg.d_model)) * share
+
+
+def _read_bias_and_skip(clt: Clt, s: int, k: int, file: CheckedTensors) -> None:
+    bias, W_skip = stored_bias(clt.cfg, s, k, file), stored_skip(clt.cfg, s, k, file)
+    b_dec, own = clt.b_dec[clt.cfg.targets(s)[k]], clt.skip(s, k)
+    if bias is not None:
+        b_dec.add_(bias.to(b_dec))
+    if W_skip is not None and own is not None:
+        own.copy_(W_skip)
 
 
 def _read_decoders(clt: Clt, s: int, file: CheckedTensors, n_sources: int | None) -> None:

@@ -89,10 +89,10 @@ class Stored(Assembled):
     def threshold(self, s: int) -> Tensor:
         return self._read(s, "threshold", self.cfg.num_latents)
 
-    def output_bias(self, t: int) -> Tensor:
+    def stored_bias(self, t: int) -> Tensor:
         return self._read(t, "b_dec", self.cfg.d_model)
 
-    def skip(self, s: int, k: int) -> Tensor | None:
+    def stored_skip(self, s: int, k: int) -> Tensor | None:
         if k > 0 or not self.cfg.skip_connection:
             return None
         return self._read(s, SKIP, self.cfg.d_model, self.cfg.d_model).T

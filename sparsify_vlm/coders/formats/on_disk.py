@@ -114,12 +114,19 @@ class Assembled(OnDisk):
     """A format whose `Clt` is put together from what is read layer by layer."""
 
     @abstractmethod
-    def output_bias(self, t: int) -> Tensor:
+    def stored_bias(self, t: int) -> Tensor:
         """b_dec [d] of target `t`, without `out_scale`."""
 
-    def skip(self, s: int, k: int) -> Tensor | None:
-        """W_skip [d, d] of layer `s` to its k-th target, as in W_skip x."""
+    def stored_skip(self, s: int, k: int) -> Tensor | None:
+        """W_skip [d, d] of layer `s` to its k-th target, without `in_scale` and `out_scale`."""
         return None
+
+    def output_bias(self, t: int) -> Tensor:
+        return self.stored_bias(t) * self.out_scale(t)
+
+    def skip(self, s: int, k: int) -> Tensor | None:
+        W, t = self.stored_skip(s, k), self.cfg.targets(s)[k]
+        return None if W is None else W * (self.in_scale(s) * self.out_scale(t))
 
     @torch.no_grad()
     def load(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Clt:
@@ -133,11 +140,11 @@ class Assembled(OnDisk):
                 for k, W in enumerate(clt.W_dec[s]):
                     W[first : first + len(rows)] = rows[:, k]
             for k in range(len(self.cfg.targets(s))):
-                stored, W_skip = self.skip(s, k), clt.skip(s, k)
+                stored, W_skip = self.stored_skip(s, k), clt.skip(s, k)
                 if stored is not None and W_skip is not None:
                     W_skip.copy_(stored)
         for t in self.cfg.target_layers():
-            clt.b_dec[t].copy_(self.output_bias(t))
+            clt.b_dec[t].copy_(self.stored_bias(t))
         root = math.sqrt(self.cfg.d_model)
         for i in range(self.cfg.n_layers):
             if clt.in_norm is not None and clt.out_norm is not None:

@@ -45,6 +45,14 @@ class StoredClt(ABC):
         """[F]: a latent is active above it; None where activations have no threshold."""
 
     @abstractmethod
+    def output_bias(self, t: int) -> Tensor:
+        """[d]: ŷ of target `t` where no latent is active, less skip connections."""
+
+    @abstractmethod
+    def skip(self, s: int, k: int) -> Tensor | None:
+        """W_skip [d, d] of layer `s` to its k-th target, as in W_skip x; None if there is none."""
+
+    @abstractmethod
     def decoder_blocks(
         self, s: int, max_bytes: int = BLOCK_BYTES, check: bool = True
     ) -> Iterator[tuple[int, Tensor]]:
@@ -89,6 +97,19 @@ class InMemory(StoredClt):
 
     def threshold(self, s: int) -> Tensor | None:
         return full_threshold(self.cfg, self.clt.threshold[s]) if len(self.clt.threshold) else None
+
+    @torch.no_grad()
+    def output_bias(self, t: int) -> Tensor:
+        return self.clt.b_dec[t].detach() * self.clt.out_scale(t)
+
+    @torch.no_grad()
+    def skip(self, s: int, k: int) -> Tensor | None:
+        W, t = self.clt.skip(s, k), self.cfg.targets(s)[k]
+        if W is None:
+            return None
+        factor = self.cfg.write_factor(s, t) * self.clt.out_scale(t)
+        unit = torch.eye(self.cfg.d_model, dtype=W.dtype, device=W.device)
+        return (self.clt.skip_input(s, unit) @ W.T).T * factor
 
     @torch.no_grad()
     def decoder_blocks(
