@@ -52,7 +52,7 @@ ONE_LAYER_ARMS = (
     *("full", "same_only", "cross_mean", "refit", "random_deletion", "plt", "mean", "zero"),
 )
 """Arms that are also spliced one layer at a time."""
-RIDGE = 1e-4
+RIDGE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 GIB = 2.0**30
 
 
@@ -77,7 +77,7 @@ def ablation(
     plt: Clt | str | Path | None = None,
     measured: Activity | None = None,
     draws: int = 3,
-    ridge: float = RIDGE,
+    ridge: Sequence[float] = RIDGE,
     reach: Sequence[int] | None = None,
     refitting: bool | None = None,
     refit_gib: float = 4.0,
@@ -95,7 +95,7 @@ def ablation(
         plt: a per-layer coder trained alike, for comparison.
         measured: the coder's activity on the same tokens, if it is known already.
         draws: random deletions.
-        ridge: strength of the refit's penalty, see `refit.py`.
+        ridge: strengths of the refit's penalty to choose from, see `refit.py`.
         reach: distances D of the arms reach_D. Default: 1, 2, 4, 8 … below the longest.
         refitting: False leaves out `refit` and `random_init`, None does if a layer's sums take
             more than `refit_gib`, and says so in the notes.
@@ -201,7 +201,7 @@ def _refitted_arms(
     clt: Clt,
     tokens: Tokens,
     measured: Activity,
-    ridge: float,
+    ridge: Sequence[float],
     limit: float,
     seed: int,
     notes: list[str],
@@ -211,7 +211,8 @@ def _refitted_arms(
     own, drawn = refit([clt, random], tokens, measured.mean_y["all"], ridge, limit)
     notes.append(
         f"refit and random_init are fitted on one half of the samples and measured on the other, "
-        f"both ways ({own[0].tokens} and {own[1].tokens} tokens, ridge {ridge:g}); random_init has "
+        f"both ways ({own[0].tokens} and {own[1].tokens} tokens, ridge {min(own[0].ridge):g} to "
+        f"{max(own[0].ridge):g} by layer); random_init has "
         f"random encoders with {random.cfg.k} active latents per token."
     )
     return [refitted_arm("refit", clt, own), refitted_arm("random_init", random, drawn)]

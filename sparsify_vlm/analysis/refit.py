@@ -9,11 +9,14 @@ writes to it from nearest (with a skip connection: on that layer's x too), with 
 
 It needs the Gram matrices of latents and y of one pass over tokens, summed in float64. Two halves
 of the samples (by number: even, odd) are summed apart: what is measured on one half is fitted on
-the other, so that every sample is measured and none is fitted on itself.
+the other, so that every sample is measured and none is fitted on itself. Of several `ridge` every
+layer takes the one with the least error on the halves that were not fitted: too weak a penalty
+would make the refit look worse than it is. (That one number has seen what is measured.)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,6 +47,8 @@ class Refitted:
     """[L, d]."""
     tokens: int
     """They were fitted on."""
+    ridge: list[float]
+    """The strength that each source layer took."""
 
 
 def refit_bytes(cfg: CltConfig) -> int:
@@ -54,12 +59,17 @@ def refit_bytes(cfg: CltConfig) -> int:
 
 @torch.no_grad()
 def refit(
-    coders: Sequence[Clt], tokens: Tokens, centre: Tensor, ridge: float, limit: float
+    coders: Sequence[Clt],
+    tokens: Tokens,
+    centre: Tensor,
+    ridge: Sequence[float],
+    limit: float,
 ) -> list[list[Refitted]]:
     """For every coder its refits; the one at place h is for measuring samples with number % 2 = h.
 
     Args:
         centre: [L, d], about the mean of y: keeps the sums small.
+        ridge: strengths to choose from.
         limit: bytes for sums. Layers are fitted in as many passes over `tokens` as that takes.
 
     Raises:
@@ -90,6 +100,7 @@ def _together(clt: Clt, solved: Sequence[_Solution], centre: Tensor) -> Refitted
         skip=[one.W[F:].to(clt.dtype) for one in solved] if clt.cfg.skip_connection else None,
         bias=bias.to(clt.dtype),
         tokens=solved[0].tokens,
+        ridge=[one.ridge for one in solved],
     )
 
 
@@ -98,6 +109,24 @@ class _Solution:
     W: Tensor
     bias: Tensor
     tokens: int
+    ridge: float
+
+
+@dataclass
+class _Moments:
+    """Centred sums of one half's n tokens."""
+
+    n: Tensor
+    mean_a: Tensor
+    mean_y: Tensor
+    gram: Tensor
+    cross: Tensor
+
+    def error(self, one: _Solution) -> float:
+        """Σ‖y − ŷ‖² of a solution, up to a constant of these tokens."""
+        off = self.mean_y - one.bias - self.mean_a @ one.W
+        fitted = (one.W * (self.gram @ one.W - 2 * self.cross)).sum()
+        return float(fitted + self.n * off.square().sum())
 
 
 def _groups(fits: Sequence[_Fit], limit: float) -> Iterator[list[_Fit]]:
@@ -151,22 +180,34 @@ class _Fit:
         self.gram[half] += a.T @ a
         self.cross[half] += a.T @ about.to(a.dtype)
 
-    def solve(self, ridge: float) -> list[_Solution]:
+    def solve(self, ridge: Sequence[float]) -> list[_Solution]:
         """By half that is measured: fitted on the other half. Frees the sums."""
-        found = [self._solve(1 - half, ridge) for half in range(FOLDS)]
-        del self.gram, self.cross
-        return found
-
-    def _solve(self, half: int, ridge: float) -> _Solution:
-        n = self.n[half]
-        if n == 0:
+        if not bool((self.n > 0).all()):
             raise UserError("refitting needs tokens of at least two samples")
+        halves = [self._moments(half) for half in range(FOLDS)]
+        del self.gram, self.cross
+        best: list[_Solution] = []
+        least = math.inf
+        for strength in ridge:
+            found = [self._solution(fitted, strength) for fitted in halves[::-1]]
+            error = sum(half.error(one) for half, one in zip(halves, found, strict=True))
+            if error < least:
+                best, least = found, error
+        return best
+
+    def _moments(self, half: int) -> _Moments:
+        n = self.n[half]
         mean_a, mean_y = self.sum_a[half] / n, self.sum_y[half] / n
-        gram = self.gram[half] - n * torch.outer(mean_a, mean_a)
-        cross = self.cross[half] - n * torch.outer(mean_a, mean_y)
-        blocks = gram.diagonal().split(self.widths)
+        gram, cross = self.gram[half], self.cross[half]
+        gram -= n * torch.outer(mean_a, mean_a)
+        cross -= n * torch.outer(mean_a, mean_y)
+        return _Moments(n, mean_a, mean_y, gram, cross)
+
+    def _solution(self, half: _Moments, ridge: float) -> _Solution:
+        gram = half.gram.clone()
+        blocks = half.gram.diagonal().split(self.widths)
         gram.diagonal().add_(torch.cat([(ridge * b.mean()).expand_as(b) for b in blocks]))
         # A latent that was never active has an empty row, and gets a zero decoder.
         gram.diagonal()[gram.diagonal() == 0] = 1.0
-        W = torch.linalg.solve(gram, cross)
-        return _Solution(W, mean_y - mean_a @ W, int(n))
+        W = torch.linalg.solve(gram, half.cross)
+        return _Solution(W, half.mean_y - half.mean_a @ W, int(half.n), ridge)
