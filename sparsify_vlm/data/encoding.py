@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -226,26 +226,12 @@ def _process_shown(
 
 
 def _call(
-    prompter: Prompter, prompts: Sequence[Prompt], images: list[list[Image]]
+    prompter: Prompter, prompts: Sequence[Prompt], images: Sequence[list[Image]]
 ) -> dict[str, Tensor]:
-    from sparsify_vlm.models.processors import idle_steps
-
     if prompter.tokens.pad_token is None:
         prompter.tokens.pad_token = prompter.tokens.eos_token
-    pairs: dict[str, Any] = {}
-    if prompter.takes_suffix:  # not as `suffix`, which would end rows without answer by EOS too
-        pairs = {"text_pair": [prompt.suffix or "" for prompt in prompts]}
-    batch = prompter.processor(
-        text=[prompt.text for prompt in prompts],
-        images=images,
-        padding=True,
-        padding_side="right",
-        return_tensors="pt",
-        add_special_tokens=prompter.adds_special_tokens(prompts[0].text),
-        **pairs,
-        **idle_steps(prompter.processor, [image for shown in images for image in shown]),
-    )
-    return {key: value for key, value in batch.items() if key != "labels"}
+    adds = prompter.adds_special_tokens(prompts[0].text)
+    return (prompter.recurring or prompter.whole)(prompts, images, adds)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,13 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from sparsify_vlm.data.images import BadSample
+from sparsify_vlm.data.recurring import RecurringPrompts
 from sparsify_vlm.data.rows import IMAGE_MARK, Sample, Turn
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
     from sparsify_vlm.models import LoadedModel
 
 
@@ -67,6 +71,36 @@ class Prompter:
     def adds_special_tokens(self, text: str) -> bool:
         """Whether the tokenizer is to add its special tokens: not if the template wrote BOS."""
         return not (self.tokens.bos_token and text.startswith(self.tokens.bos_token))
+
+    @cached_property
+    def recurring(self) -> RecurringPrompts | None:
+        """The processor for prompts that come again; None for one that is to see all of them."""
+        from sparsify_vlm.models.pixel_batches import tokens_by_size
+
+        if not tokens_by_size(self.processor):
+            return None
+        return RecurringPrompts(self.processor, self.whole, self.tokens.pad_token_id)
+
+    def whole(
+        self, prompts: Sequence[Prompt], images: Sequence[list[Image]], adds: bool
+    ) -> dict[str, Tensor]:
+        """The processor's batch, right-padded; `adds` has the tokenizer add its special tokens."""
+        from sparsify_vlm.models.processors import idle_steps
+
+        pairs: dict[str, Any] = {}
+        if self.takes_suffix:  # not as `suffix`, which would end rows without answer by EOS too
+            pairs = {"text_pair": [prompt.suffix or "" for prompt in prompts]}
+        batch = self.processor(
+            text=[prompt.text for prompt in prompts],
+            images=list(images),
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+            add_special_tokens=adds,
+            **pairs,
+            **idle_steps(self.processor, [image for shown in images for image in shown]),
+        )
+        return {key: value for key, value in batch.items() if key != "labels"}
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text without images, BOS where the tokenizer adds it."""

@@ -50,6 +50,20 @@ def in_batches(processor: Any) -> Any:
     return made
 
 
+def tokens_by_size(processor: Any) -> bool:
+    """Whether the tokens of a prompt follow from its text and the sizes of its images alone.
+
+    Known of LLaVA's processor, which counts an image's tokens by the size it is brought to, with an
+    image processor of `in_batches`.
+    """
+    from transformers import LlavaProcessor
+
+    if type(processor) is not LlavaProcessor:
+        return False
+    steps = processor.image_processor
+    return getattr(steps, "takes_batches", False) and not getattr(steps, "do_pad", False)
+
+
 @cache
 def _in_batches(kind: Any) -> Any:
     def preprocess(self: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +74,8 @@ def _in_batches(kind: Any) -> Any:
             return kind._preprocess_image_like_inputs(self, images, *args, **kwargs)
         return BatchFeature({"pixel_values": _pixels(self, flat, kwargs)}, tensor_type="pt")
 
-    return type(kind.__name__, (kind,), {"_preprocess_image_like_inputs": preprocess})
+    methods = {"_preprocess_image_like_inputs": preprocess, "takes_batches": True}
+    return type(kind.__name__, (kind,), methods)
 
 
 def _one_size(images: Sequence[Any]) -> bool:
