@@ -4,7 +4,8 @@
 2. Train a cross-layer transcoder (CLT) from the store, and a per-layer transcoder (PLT) alike.
 3. Evaluate both on held-out scenes, spliced into the model, with generated answers.
 4. Find the latents that stand for colours and shapes.
-5. Write the report from the files that 1 to 4 left in the folder.
+5. Trace one answer back to the picture, with examples of the features it went through.
+6. Write the report from the files that 1 to 5 left in the folder.
 
 Each stage is what the command of its name does, and can be run by hand.
 """
@@ -39,6 +40,11 @@ LEAST_HELDOUT = 20
 """Held-out scenes until every colour and shape is in an even and in an odd one: latents are chosen
 on the ones and scored on the others."""
 
+SEARCHED = 300
+"""Held-out scenes that examples of the graph's features are looked for in."""
+LEAST_F1 = 0.5
+"""From here on a latent is called by the concept it was found for."""
+LABELS = "labels.json"
 GRAPH_PAGE = "graph.html"
 """The traced answer's page, beside the report."""
 MARK = "demo.json"
@@ -133,6 +139,7 @@ def run_demo(cfg: DemoConfig) -> Path:
         stages(f"evaluate {name}", what, partial(_evaluate, cfg, folder, name))
     stages("look inside", "decoders, latents of colours and shapes", partial(_inspect, cfg, folder))
     stages("trace", "one answer, back to the patches it came from", partial(_trace, cfg, folder))
+    stages("examples", "where the graph's features are strongest", partial(_examples, cfg, folder))
     if not cfg.keep_activations:
         shutil.rmtree(store)
     _remember(cfg, folder, stages.done)
@@ -254,13 +261,11 @@ def _inspect(cfg: DemoConfig, folder: Path) -> None:
 
 
 def _trace(cfg: DemoConfig, folder: Path) -> None:
-    """Write graph/ and its page: the first held-out question about the colour of one of several
+    """Write graph/: the first held-out question about the colour of one of several
     objects that the model answers rightly."""
     from sparsify_vlm.data import ShapesDataset
     from sparsify_vlm.graphs.config import TraceConfig
     from sparsify_vlm.graphs.tracing import trace
-    from sparsify_vlm.report.graph_page import write_standalone
-    from sparsify_vlm.report.viewer.folder import read_folder
 
     rows = ShapesDataset("heldout", cfg.heldout_scenes)
     lines = (folder / "clt.answers.jsonl").read_text("utf-8").splitlines()
@@ -271,9 +276,47 @@ def _trace(cfg: DemoConfig, folder: Path) -> None:
         and line["right"]["model"]
         and len(rows[index]["scene"].objects) > 1
     )
-    graph = folder / "graph"
-    trace(TraceConfig(clt=str(folder / "clt"), scene=scene, output_dir=str(graph), slug="answer"))
+    write_json(folder / LABELS, _labels(folder))
+    trace(
+        TraceConfig(
+            clt=str(folder / "clt"),
+            scene=scene,
+            output_dir=str(folder / "graph"),
+            slug="answer",
+            patches=True,
+            labels=str(folder / LABELS),
+        )
+    )
+
+
+def _examples(cfg: DemoConfig, folder: Path) -> None:
+    """Write the examples of the graph's features into its folder, and the graph's page."""
+    from sparsify_vlm.features.config import ExamplesConfig
+    from sparsify_vlm.features.examples import examples
+    from sparsify_vlm.report.graph_page import write_standalone
+    from sparsify_vlm.report.viewer.folder import read_folder
+
+    graph, data = folder / "graph", _heldout(cfg)
+    examples(
+        ExamplesConfig(
+            clt=str(folder / "clt"),
+            graph=str(graph),
+            **data,
+            max_examples=SEARCHED,
+            top=4,
+            batch_size=BATCH,
+        )
+    )
     write_standalone(read_folder(graph), str(folder / GRAPH_PAGE))
+
+
+def _labels(folder: Path) -> dict[str, str]:
+    """The concepts that latents were found to stand for, by feature."""
+    rows = json.loads((folder / "concepts.json").read_text("utf-8"))
+    good = [row for row in rows if row["f1"] >= LEAST_F1]
+    return {
+        f"{row['layer']}_{row['latent']}": f"{row['concept']} (F1 {row['f1']:.2f})" for row in good
+    }
 
 
 def _differing(folder: Path) -> list[int]:

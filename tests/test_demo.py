@@ -14,6 +14,7 @@ from sparsify_vlm.data import ShapesDataset
 from sparsify_vlm.demo import LEAST_HELDOUT, DemoConfig, run_demo
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.features.shapes import patch_truth
+from sparsify_vlm.report.viewer.folder import read_folder
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,12 @@ def test_an_answer_is_traced_to_the_object_that_was_asked_for(folder: Path) -> N
     asked = next(o for o in row["scene"].objects if o.shape in graph["question"])
     cells = effects.reshape(3, effects.shape[0] // 3, 3, -1).sum((1, 3))
     assert cells.argmax() == asked.cell
+    pixels = np.array(graph["pixel_effects"][0]["values"])
+    assert pixels.reshape(3, 2, 3, 2).sum((1, 3)).argmax() == asked.cell
+    page = read_folder(folder / "graph").page
+    features = {f"{n['layer']}_{n['feature']}" for n in page["nodes"] if n["kind"] == "feature"}
+    assert len(page["examples"]) > len(features) / 2
+    assert set(page["examples"]) <= features
     assert 'href="graph.html"' in (folder / "report.html").read_text()
     assert (folder / "graph.html").stat().st_size > 50_000
 
