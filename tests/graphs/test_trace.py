@@ -19,6 +19,7 @@ from sparsify_vlm.data import ShapesDataset
 from sparsify_vlm.graphs.config import in_bytes
 from sparsify_vlm.graphs.effects import total_effects
 from sparsify_vlm.models import load_model
+from sparsify_vlm.report.viewer.folder import read_folder
 
 
 def save_random_clt(model: str, hookpoints, d_model: int, folder: Path, **options) -> str:
@@ -170,6 +171,42 @@ def test_patches_of_pixels(shelf, traced, tmp_path, capsys):
     strongest = graph.pixels.table(0)[0].abs().flatten().argmax()
     assert table.split()[1:3] == [str(int(strongest) // 6), str(int(strongest) % 6)]
     assert "pixel_effects" not in slug_json(traced)["metadata"]["vlm"]
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "options"),
+    [
+        ("qwen2_5_vl", (8, 12), []),  # 2 × 2 to an image token
+        ("llava_next", (6, 8), ["--patch_gradient", "plain"]),
+        ("smolvlm", (8, 8), ["--dtype", "bfloat16"]),
+        ("pixtral", (4, 5), ["--dtype", "bfloat16"]),
+    ],
+)
+def test_patches_of_pixels_of_families(tmp_path, name, grid, options):
+    build(name, tmp_path)
+    loaded = load(name, tmp_path)
+    clt = save_random_clt(loaded.name, loaded.stack.hookpoints, D_MODEL, tmp_path / "clt")
+    picture(64, 48).save(tmp_path / "p.png")
+    argv = ["--image", tmp_path / "p.png", "--prompt", "what colour", "--max_feature_nodes", 50]
+    out = tmp_path / "g"
+    assert run("trace", clt, *argv, "--output_dir", out, "--patches", *options) == 0
+    graph, page = AttributionGraph.load(out), read_folder(out).page
+    assert tuple(graph.pixels.grids[0].tolist()) == grid
+    assert graph.pixels.gradient == page["patch_gradient"]
+    assert len(page["pixel_effects"]) == len(graph.target_labels)
+    assert bool(graph.pixels.effects.any())
+
+
+def test_a_picture_in_tiles_of_unknown_places_is_refused(tmp_path, capsys):
+    build("internvl", tmp_path)
+    loaded = load("internvl", tmp_path)
+    clt = save_random_clt(loaded.name, loaded.stack.hookpoints, D_MODEL, tmp_path / "clt")
+    picture(64, 48).save(tmp_path / "p.png")
+    argv = ["--image", tmp_path / "p.png", "--prompt", "what", "--output_dir", tmp_path / "g"]
+    assert run("trace", clt, *argv, "--patches") == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: --patches: the batch does not tell how an InternVL picture")
+    assert not (tmp_path / "g").exists()
 
 
 def test_a_text_model(shelf, tmp_path):
