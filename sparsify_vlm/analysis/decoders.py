@@ -20,6 +20,8 @@ from sparsify_vlm.coders.kernels import compiled
 
 BLOCK_BYTES = 4 << 20
 """Read at a time: it is still in the cache when it is worked on."""
+COLUMNS = 16
+"""Of an encoder that is stored by columns, gone through at a time."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,18 @@ def _source(stored: StoredClt, s: int) -> SourceDecoders:
         _products()(block, squared[rows], with_first[rows])
     if not bool(torch.isfinite(squared).all()):
         raise stored.not_finite(s)
-    norms = torch.linalg.vector_norm(stored.encoder(s), dim=1, dtype=squared.dtype)
+    norms = encoder_norms(stored.encoder(s).to(squared.dtype))
     return SourceDecoders(s, targets, squared, with_first, norms)
+
+
+def encoder_norms(W: Tensor) -> Tensor:
+    """‖W_enc[i]‖ [F] of W_enc [F, d], however it lies in memory."""
+    if W.is_contiguous():
+        return torch.linalg.vecdot(W, W).sqrt()
+    total = torch.zeros(len(W), dtype=W.dtype)
+    for part in W.split(COLUMNS, dim=1):
+        total += (part * part).sum(1)
+    return total.sqrt()
 
 
 def products(block: Tensor, squared: Tensor, with_first: Tensor) -> None:

@@ -33,15 +33,17 @@ class CheckedTensors:
     def read(self, key: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor `key`; `UserError` if it is missing, of another shape or not finite."""
         self.check(key, shape)
-        return self._finite(key, self._file.get_tensor(key))
+        return self.finite(key, self._file.get_tensor(key))
 
     def read_row(self, key: str, row: int, shape: tuple[int, ...]) -> Tensor:
         """Entry `row` of the first axis of the tensor `key`, which is of `shape`; as `read`."""
         self.check(key, shape)
-        return self._finite(key, self._file.get_slice(key)[row])
+        return self.finite(key, self._file.get_slice(key)[row])
 
-    def _finite(self, key: str, tensor: Tensor) -> Tensor:
-        if not bool(torch.isfinite(tensor).all()):
+    def finite(self, key: str, tensor: Tensor) -> Tensor:
+        """The tensor; `UserError` if a value of it is not finite."""
+        quick = torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)))
+        if not bool(quick) and not bool(torch.isfinite(tensor).all()):
             raise UserError(f"{self.path}: tensor '{key}' holds NaN or infinite values")
         return tensor
 

@@ -1,7 +1,8 @@
 """Rows of large tensors, read in order of the file through one buffer that is used again.
 
 A decoder of many gigabytes is looked at once. Read in pieces that stay in the processor's cache,
-what is done with them costs little beside the reading; the kernel reads ahead meanwhile.
+what is done with them costs little beside the reading; the kernel reads ahead meanwhile. Where only
+a part of each row is wanted, it does not see what comes next and is told.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,10 +28,15 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 
+AHEAD = 8 << 20
+"""Bytes that the kernel is told to read before they are asked for."""
+LEAST_GAP = 32 << 10
+"""Bytes between rows from which on skipping them costs less than reading them."""
+
 
 @dataclass(frozen=True)
 class Rows:
-    """`count` rows of one stored tensor, each of `shape`, that follow each other in the file."""
+    """`count` rows of one stored tensor, or parts of rows, of which each is of `shape`."""
 
     path: Path
     key: str
@@ -38,19 +45,35 @@ class Rows:
     count: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    gap: int = 0
+    """Bytes between the end of a row and the start of the next."""
 
     @property
     def row_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def step(self) -> int:
+        """Bytes from the start of a row to that of the next."""
+        return self.row_bytes + self.gap
+
     def part(self, first: int, count: int) -> Rows:
         """Rows `first` … `first + count - 1` of these."""
-        return replace(self, offset=self.offset + first * self.row_bytes, count=count)
+        return replace(self, offset=self.offset + first * self.step, count=count)
 
     def inside(self, i: int) -> Rows:
         """The rows that row `i` of these consists of: the second axis of the tensor."""
-        start = self.offset + i * self.row_bytes
-        return replace(self, offset=start, count=self.shape[0], shape=self.shape[1:])
+        start = self.offset + i * self.step
+        return replace(self, offset=start, count=self.shape[0], shape=self.shape[1:], gap=0)
+
+    def beginning(self, entry: int) -> Rows:
+        """Of each row what begins at this entry of its first axis; the rows as they are if that
+        would leave out less than LEAST_GAP."""
+        skipped = entry * self.row_bytes // self.shape[0]
+        if skipped + self.gap < LEAST_GAP:
+            return self
+        shape = (self.shape[0] - entry, *self.shape[1:])
+        return replace(self, offset=self.offset + skipped, shape=shape, gap=self.gap + skipped)
 
 
 def stored_rows(path: Path, key: str) -> Rows:
@@ -73,7 +96,7 @@ def read_in_turn(pieces: Iterable[Sequence[Rows]]) -> Iterator[Tensor]:
     """
     buffer = torch.empty(0, dtype=torch.uint8)
     with _OpenFiles() as files:
-        for piece in pieces:
+        for piece in _announced(pieces, files):
             first = piece[0]
             size = first.count * first.row_bytes
             if len(buffer) < len(piece) * size:
@@ -83,6 +106,36 @@ def read_in_turn(pieces: Iterable[Sequence[Rows]]) -> Iterator[Tensor]:
                 _fill(view[place * size : (place + 1) * size], rows, files)
             values = buffer[: len(piece) * size].view(first.dtype)
             yield values.view(len(piece), first.count, *first.shape)
+
+
+def read_rows(rows: Rows) -> Tensor:
+    """All of them, [count, *shape], in memory of their own."""
+    return next(iter(read_in_turn([[rows]])))[0]
+
+
+def _announced(pieces: Iterable[Sequence[Rows]], files: _OpenFiles) -> Iterator[Sequence[Rows]]:
+    """The pieces, each after the kernel was told of those that follow within AHEAD bytes."""
+    coming: deque[Sequence[Rows]] = deque()
+    ahead = 0
+    for piece in pieces:
+        coming.append(piece)
+        ahead += sum(rows.count * rows.row_bytes for rows in piece)
+        for rows in piece:
+            _announce(rows, files)
+        while ahead > AHEAD and coming:
+            ahead -= sum(rows.count * rows.row_bytes for rows in coming[0])
+            yield coming.popleft()
+    yield from coming
+
+
+def _announce(rows: Rows, files: _OpenFiles) -> None:
+    """Tell the kernel of rows with gaps; of others it knows by itself."""
+    if not rows.gap or not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = files.get(rows.path)
+    for i in range(rows.count):
+        start = rows.offset + i * rows.step
+        os.posix_fadvise(descriptor, start, rows.row_bytes, os.POSIX_FADV_WILLNEED)
 
 
 class _OpenFiles:
@@ -106,12 +159,16 @@ class _OpenFiles:
 
 def _fill(place: memoryview, rows: Rows, files: _OpenFiles) -> None:
     """Read all of `rows` into `place`."""
-    done = 0
-    while done < len(place):
-        got = os.preadv(files.get(rows.path), [place[done:]], rows.offset + done)
-        if not got:
-            raise UserError(f"{rows.path}: the file ends within tensor '{rows.key}'")
-        done += got
+    descriptor = files.get(rows.path)
+    size = rows.row_bytes if rows.gap else len(place)
+    for i, start in enumerate(range(0, len(place), size)):
+        done = 0
+        while done < size:
+            part = place[start + done : start + size]
+            got = os.preadv(descriptor, [part], rows.offset + i * rows.step + done)
+            if not got:
+                raise UserError(f"{rows.path}: the file ends within tensor '{rows.key}'")
+            done += got
 
 
 def any_non_zero(tensor: Tensor) -> bool:
