@@ -63,7 +63,7 @@ def pixel_grid(layout: ImageLayout, inputs: Inputs) -> PixelGrid:
         raise UserError("the prompt has no picture (pixel_values) to attribute to")
     if kind not in _FAMILIES:
         raise UserError(
-            f"where the pixels of a {kind} model lie in their picture is not known; it is for "
+            f"where the pixels of {kind} models lie in their picture is not known; it is for "
             f"{', '.join(sorted(_FAMILIES))}"
         )
     placed = _FAMILIES[kind](layout, inputs, pixels)

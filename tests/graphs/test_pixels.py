@@ -4,9 +4,11 @@ whose patches are known."""
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +82,9 @@ def test_unknown_places_are_refused(tmp_path):
     inputs = dict(loaded.processor(images=[[picture(96, 48)]], text=[text], return_tensors="pt"))
     with pytest.raises(UserError, match="how an InternVL picture was cut into tiles"):
         pixel_grid(loaded.stack.layout, inputs)
+    other = replace(shared("llava").stack.layout, config=SimpleNamespace(model_type="aria"))
+    with pytest.raises(UserError, match="where the pixels of aria models lie"):
+        pixel_grid(other, inputs)
     with pytest.raises(UserError, match="has no picture"):
         pixel_grid(shared("llava").stack.layout, {"input_ids": inputs["input_ids"]})
 
