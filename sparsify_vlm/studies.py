@@ -107,8 +107,11 @@ def _say(results: Results, folder: Path) -> None:
 
     from sparsify_vlm.report.analysis.conclusions import conclusions
 
-    for paragraph in conclusions(results):
-        print(fill(paragraph, 100), end="\n\n")
+    for heading, found in conclusions(results).items():
+        print(heading)
+        for sentence in found:
+            print(fill(f"- {sentence}", 100, subsequent_indent="  "))
+        print()
     print(f"The report: {(folder / 'report.html').resolve()}")
 
 

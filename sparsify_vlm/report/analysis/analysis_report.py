@@ -61,7 +61,7 @@ def build(results: Results) -> Page:
     sections = [SECTIONS[name](results) for name in results.experiments]
     lacking = [] if results.provenance.get("data") else [NEEDS_TOKENS]
     sections += [
-        Section("Conclusions", text=conclusions(results), notes=[_how_to_read(), *lacking]),
+        Section("Conclusions", groups=conclusions(results), notes=[_how_to_read(), *lacking]),
         Section("Implications for circuit analysis", points=implications(results)),
         everything(results),
         Section("References", points=REFERENCES),

@@ -25,31 +25,37 @@ NOTHING_TO_CUT = (
 )
 
 
-def conclusions(results: Results) -> list[str]:
-    """One paragraph per experiment that was made."""
+FROM_NEXT = (
+    "These coders write from the next layer on: “own layer” stands for the first layer that a "
+    "coder writes to."
+)
+NOT_MEASURED = (
+    "How much the reconstruction or the model would lose without cross-layer writes was not "
+    "measured: that needs tokens. Decoder norms alone do not say it."
+)
+
+
+def conclusions(results: Results) -> dict[str, list[str]]:
+    """Sentences by experiment."""
     facts = Facts(results)
     if not facts.crosses:
-        return [NOTHING_TO_CUT]
+        return {"Weights": [NOTHING_TO_CUT]}
     made = {
         "weights": _weights,
         "ablation": _ablation,
         "features": _features,
         "distance": _distance,
     }
-    paragraphs = [tell(facts) for name, tell in made.items() if name in results.experiments]
+    told = {n.capitalize(): tell(facts) for n, tell in made.items() if n in results.experiments}
     if "ablation" not in results.experiments:
-        paragraphs.append(
-            "How much the reconstruction or the model would lose without cross-layer writes was "
-            "not measured: that needs tokens. Decoder norms alone do not say it."
-        )
-    return [paragraph for paragraph in paragraphs if paragraph]
+        told["Ablation"] = [NOT_MEASURED]
+    if not facts.has_own:
+        told = {"Layers": [FROM_NEXT], **told}
+    kept = {name: [one for one in found if one] for name, found in told.items()}
+    return {name: found for name, found in kept.items() if found}
 
 
-def _joined(*found: str) -> str:
-    return " ".join(sentence for sentence in found if sentence)
-
-
-def _weights(facts: Facts) -> str:
+def _weights(facts: Facts) -> list[str]:
     plain = facts.get("same_layer_share_mean_norm")
     squared = facts.get("same_layer_share_squared_norm")
     corrected = facts.get("same_layer_share_squared_norm", "corrected")
@@ -74,7 +80,7 @@ def _weights(facts: Facts) -> str:
             "the coder of that layer (exact block share), the rest from earlier ones."
         )
     told += _roles(facts, "block_share_same", "The own layer's block share")
-    return _joined(*told)
+    return told
 
 
 def _roles(facts: Facts, name: str, what: str) -> list[str]:
@@ -90,7 +96,7 @@ def _roles(facts: Facts, name: str, what: str) -> list[str]:
     ]
 
 
-def _ablation(facts: Facts) -> str:
+def _ablation(facts: Facts) -> list[str]:
     full = facts.arm("fvu", "full")
     told = []
     for arm, how in (
@@ -104,14 +110,15 @@ def _ablation(facts: Facts) -> str:
     told.append(sentences.refitted(refit, facts.get("refit_recovers")))
     told.append(sentences.beside_random(facts.difference("fvu", "same_only", "random_deletion")))
     told.append(sentences.beside_plt(facts.difference("fvu", "plt")))
+    told.append(sentences.cut_beside_plt(facts.difference("fvu", "same_only", "plt")))
     told.append(
         sentences.loss("With all layers replaced", facts.difference("delta_ce", "same_only"))
     )
     told += _roles(facts, "fvu_difference.same_only", "The rise of FVU by the cut")
-    return _joined(*told)
+    return told
 
 
-def _features(facts: Facts) -> str:
+def _features(facts: Facts) -> list[str]:
     targets = [n for n in facts.targets if n > 0]
     possible = fmean(targets) if targets else None
     told = [
@@ -137,17 +144,17 @@ def _features(facts: Facts) -> str:
                 f"{number(median(row['causal'] for row in ratios))} of what removing all of the "
                 f"latent's writes did (KL); for {len(clear)} the interval lies above one half."
             )
-    return _joined(*told)
+    return told
 
 
-def _distance(facts: Facts) -> str:
+def _distance(facts: Facts) -> list[str]:
     told, verdicts = [], []
     for variant, which in (("plain", "Raw decoder norms"), ("corrected", "Gauge-free norms")):
         factor = facts.get(f"decay_factor_0_{FACTOR_DISTANCE}", variant)
         told.append(sentences.decay(which, FACTOR_DISTANCE, factor))
         verdicts.append(verdict(factor, 1.0))
     told.append(sentences.agreement(verdicts[0], verdicts[1], "the norm at a distance"))
-    return _joined(*told)
+    return told
 
 
 def implications(results: Results) -> list[str]:

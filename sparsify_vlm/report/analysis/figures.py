@@ -123,20 +123,22 @@ def delta_loss(results: Results) -> Figure | None:
     finish(left, "all layers replaced at once", "added cross-entropy, nats a token", "")
     left.grid(axis="x", color="#dddddd", linewidth=0.6)
     left.grid(axis="y", visible=False)
-    values = [row["delta_ce"] for row in whole.rows() if row["delta_ce"] is not None]
-    if values and max(values) > 30 * max(min(map(abs, values)), 1e-6):
-        left.set_xscale("symlog", linthresh=max(min(map(abs, values)), 1e-4))
+    values = [abs(row["delta_ce"]) for row in whole.rows() if row["delta_ce"] is not None]
+    if values and max(values) > 30 * min(values) > 0:
+        left.set_xscale("symlog", linthresh=max(values) / 30)
     single = table.where(scope="one_layer")
-    for arm in [a for a in style.arm_order(single["arm"]) if a in style.COLOURS_OF_ARMS]:
+    arms = [arm for arm in style.arm_order(single["arm"]) if arm in style.COLOURS_OF_ARMS]
+    for i, arm in enumerate(arms):
         rows = single.where(arm=arm).rows()
-        places = [row["layer"] for row in rows]
+        places = [row["layer"] + 0.4 * (i / max(len(arms) - 1, 1) - 0.5) for row in rows]
         how = {"fmt": "o-", "ms": 3.5, "lw": 1.0, "color": style.arm_colour(arm)}
         style.whiskers(right, places, rows, "delta_ce", label=style.arm_name(arm), **how)
     finish(right, "one layer replaced", "layer", "added cross-entropy, nats a token")
     right.axhline(0.0, color="#222222", lw=0.8)
     if len(single):
         layer_ticks(right.xaxis, sorted(set(single["layer"])))
-        right.legend(frameon=False, fontsize=8)
+        handles = right.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
     return figure
 
 
@@ -157,14 +159,12 @@ def score_distribution(results: Results) -> Figure | None:
     rows = table.rows()
     edges = sorted(set(table["bin"]))
     width = style.bin_width(edges)
-    counts = [sum(r["count"] for r in rows if r["bin"] == edge) for edge in edges]
+    targets = results.provenance.get("coder", {}).get("targets", [])
+    across = [r for r in rows if r["source"] >= len(targets) or targets[r["source"]] > 1]
+    counts = [sum(r["count"] for r in across if r["bin"] == edge) for edge in edges]
     left.bar(edges, counts, width, align="edge", color="#0072b2", edgecolor="white", lw=0.4)
-    mean = results.estimate("mean_cross_score")
-    if mean is not None and mean.value is not None:
-        left.axvline(mean.value, color="#d55e00", lw=2, label="mean")
-        left.legend(frameon=False, fontsize=8)
     left.set_xlim(0, 1)
-    finish(left, "all source layers", "cross-layer score", "live latents")
+    finish(left, "all source layers with several targets", "cross-layer score", "live latents")
     layers = sorted(set(table["source"]))
     style.column_strips(right, rows, layers)
     _null_per_layer(right, results, layers, lambda targets: 1 - 1 / targets)

@@ -38,6 +38,8 @@ class Section:
     tables: Sequence[Rows] = ()
     figures: Sequence[Picture] = ()
     points: Sequence[str] = ()
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Points under a heading each."""
     notes: Sequence[str] = ()
 
 
@@ -74,6 +76,8 @@ def write_markdown(page: Page, pictures: Mapping[str, bytes], path: Path) -> Non
             if figure.name in pictures:
                 lines += [f"![{figure.name}](figures/{figure.name}.png)", "", figure.caption, ""]
         lines += [f"- {point}" for point in section.points] + [""] * bool(section.points)
+        for heading, points in section.groups.items():
+            lines += [f"**{heading}**", "", *(f"- {point}" for point in points), ""]
         lines += [f"> {note}\n>" for note in section.notes] + [""] * bool(section.notes)
     write_text(path, "\n".join(lines).rstrip() + "\n")
 

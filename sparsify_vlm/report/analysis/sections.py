@@ -134,7 +134,7 @@ def ablation(results: Results) -> Section:
     ]
     if relative is not None:
         was = published.FVU_ABLATED / published.FVU_FULL - 1
-        rows.append(["FVU increase, relative to full", interval(relative, percent), percent(was)])
+        rows.append(["FVU increase, as a share of the full FVU", interval(relative), number(was)])
     found = over(full)
     caption = f"Key findings. Intervals: 95 %{', ' + found if found else ''}."
     tables = [Rows(("", "this CLT", published.SOURCE), rows, caption), _arms(facts)]
@@ -322,7 +322,7 @@ def _fits(rows: Sequence[dict[str, Any]]) -> list[Rows]:
                 row["model"],
                 *(_parameter(row, name) for name in ("half_life", "exponent", "floor")),
                 percent(row["held_out_error"]) if row["held_out_error"] is not None else NONE,
-                in_points(behind) if behind.value is not None else NONE,
+                _behind(behind),
             ]
         )
     first = ("norms", "sources", "form", "half-life", "exponent", "floor")
@@ -332,6 +332,12 @@ def _fits(rows: Sequence[dict[str, Any]]) -> list[Rows]:
     )
     header = (*first, "held-out error", "behind the best")
     return [Rows(header, cells, caption)] if cells else []
+
+
+def _behind(e: Estimate) -> str:
+    if e.value is None:
+        return NONE
+    return in_points(e) if e.value else "the best"
 
 
 def _parameter(row: dict[str, Any], name: str) -> str:

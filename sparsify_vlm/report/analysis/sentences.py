@@ -142,6 +142,22 @@ def beside_plt(difference: Estimate | None) -> str:
     }[verdict(difference)]
 
 
+def cut_beside_plt(difference: Estimate | None) -> str:
+    """FVU with cross writes zeroed less that of a per-layer transcoder trained alike."""
+    size = in_points(difference)
+    return {
+        "above": f"Cutting cross-layer writes costs more than training without them, by {size}: "
+        "the cut says how much this coder relies on them, not how much they are worth.",
+        "below": "Cutting cross-layer writes costs less than training without them (difference "
+        f"{size}).",
+        "none": "There is no evidence that cutting cross-layer writes costs more or less than "
+        f"training without them (difference {size}).",
+        "unknown": f"Beside training without cross-layer writes the cut differs by {size}; "
+        f"{NO_CLAIM}.",
+        "undefined": "",
+    }[verdict(difference)]
+
+
 def spread(effective: Estimate | None, reach: Estimate | None, possible: float | None) -> str:
     """To how many layers a live latent writes in effect, and how far."""
     if effective is None or effective.value is None:
