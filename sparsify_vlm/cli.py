@@ -128,7 +128,7 @@ def _demo() -> tuple[dict[str, type], Callable[..., object]]:
 
 
 def _export() -> tuple[dict[str, type], Callable[..., object]]:
-    from sparsify_vlm.coders.formats.export import ExportConfig, export
+    from sparsify_vlm.coders.export import ExportConfig, export
 
     return {"cfg": ExportConfig}, export
 

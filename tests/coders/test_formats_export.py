@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsify_vlm.cli import main
-from sparsify_vlm.coders import Clt, CltConfig, load_clt, save_clt
-from sparsify_vlm.coders.formats.export import export_clt
+from sparsify_vlm.coders import Clt, CltConfig, export_clt, load_clt, save_clt
 from sparsify_vlm.errors import UserError
 
 LAYERS, D, F, T = 11, 6, 20, 9

@@ -17,10 +17,11 @@ from sparsify_vlm.coders.formats import (
     gemma_scope,
 )
 from sparsify_vlm.coders.formats.stored import InMemory, StoredClt
+from sparsify_vlm.coders.formats.written import export_clt
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.hub import offline_if_unreachable
 
-__all__ = ["InMemory", "StoredClt", "load_clt", "open_clt", "save_clt"]
+__all__ = ["InMemory", "StoredClt", "export_clt", "load_clt", "open_clt", "save_clt"]
 
 READERS = (eleuther_stored, circuit_tracer, gemma_scope, clt_forge, curt_tigges)
 WANTED_FILES = ["*.json", "*.safetensors", "*.yaml"]
@@ -87,10 +88,13 @@ def _downloaded(repository: str, subfolder: str) -> Path:
 
     offline_if_unreachable()
     prefix = f"{subfolder}/" if subfolder else ""
+    deeper = f"{prefix}*/*/*"  # hundreds of coders may be in folders of folders
     above = f"{subfolder.rpartition('/')[0]}/".lstrip("/")
     patterns = [prefix + pattern for pattern in WANTED_FILES] + [above + curt_tigges.STATS]
     try:
-        snapshot = Path(snapshot_download(repository, allow_patterns=patterns))
+        snapshot = Path(
+            snapshot_download(repository, allow_patterns=patterns, ignore_patterns=deeper)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -1,4 +1,4 @@
-"""Cross-layer transcoders of circuit-tracer (read only).
+"""Cross-layer transcoders of circuit-tracer.
 
 `config.yaml`; `W_enc_{i}.safetensors` with `W_enc_i` [F, d], `b_enc_i` [F], `b_dec_i` [d] and
 optionally `threshold_i` [F]; `W_dec_{i}.safetensors` with `W_dec_i` [F, L − i, d], slot 0 being the

@@ -8,53 +8,19 @@ multiplied out first; what is none and what a layout has no place for is refused
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import yaml
 from torch import Tensor
 
 from sparsify_vlm.coders.clt import Clt
-from sparsify_vlm.coders.formats import (
-    circuit_tracer,
-    clt_forge,
-    eleuther,
-    gemma_scope,
-    open_clt,
-)
+from sparsify_vlm.coders.export import Format
+from sparsify_vlm.coders.formats import circuit_tracer, clt_forge, eleuther, gemma_scope
 from sparsify_vlm.coders.formats.eleuther_tensors import is_plain
 from sparsify_vlm.coders.formats.stored import InMemory, StoredClt
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.files import write_json, write_tensors, write_text
-
-Format = Literal["eleuther", "sparsify", "circuit-tracer", "gemma-scope-2", "clt-forge"]
-
-
-@dataclass(kw_only=True)
-class ExportConfig:
-    """What is written, and how."""
-
-    clt: str
-    """Coder: a folder or a Hub id, in any readable format."""
-
-    format: Format
-    """`eleuther`: this project's layout, that of EleutherAI's clt-training. `sparsify`: the same
-    with one target per coder, as PyPI's sparsify reads it. `circuit-tracer`, `gemma-scope-2`,
-    `clt-forge`: those programs' cross-layer transcoders."""
-
-    output_dir: str
-    """Folder for the files; must be new or empty."""
-
-
-def export(cfg: ExportConfig) -> None:
-    """`sparsify-vlm export`: write `cfg.clt` in another layout and say what was not used."""
-    stored = open_clt(cfg.clt)
-    folder = export_clt(stored, cfg.format, cfg.output_dir)
-    for line in stored.warnings:
-        print(f"note: {line}")
-    print(f"{folder}: {stored.cfg.n_layers} layers, {stored.cfg.num_latents} latents each")
 
 
 def export_clt(coder: StoredClt | Clt, format: Format, output_dir: str | Path) -> Path:
