@@ -52,7 +52,7 @@ ONE_LAYER_ARMS = (
     *("full", "same_only", "cross_mean", "refit", "random_deletion", "plt", "mean", "zero"),
 )
 """Arms that are also spliced one layer at a time."""
-RIDGE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGE = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 GIB = 2.0**30
 
 

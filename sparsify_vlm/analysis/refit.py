@@ -4,8 +4,12 @@ Deleting the cross writes of a coder leaves own decoders that were trained to sh
 its encoders can do alone is the least-squares fit of every y_t on the latents of the one layer that
 writes to it from nearest (with a skip connection: on that layer's x too), with a bias:
 
-    min Σ_tokens ‖y − b − a W − x S‖² + Σ_j λ_j ‖row j of (W, S)‖²
-    λ_j = ridge · mean diagonal of the centred Gram matrix of the block (latents, or x) of column j
+    min Σ_tokens ‖y − b − a W − x S‖² + Σ_j λ_j ‖row j of (W − W₀, S − S₀)‖²
+    λ_j = ridge · mean diagonal of the centred Gram matrix of the block (latents, or x) of row j
+
+The penalty pulls towards the coder's own decoders W₀ and skip connection S₀, so that few tokens
+make the fit fall back to what is there (with its bias refitted), not to nothing: a per-layer coder
+keeps its decoders, which have seen more tokens than any measurement.
 
 It needs the Gram matrices of latents and y of one pass over tokens, summed in float64. Two halves
 of the samples (by number: even, odd) are summed apart: what is measured on one half is fitted on
@@ -162,6 +166,7 @@ class _Fit:
 
         self.n, self.sum_a, self.sum_y = zeros(), zeros(width), zeros(cfg.d_model)
         self.gram, self.cross = zeros(width, width), zeros(width, cfg.d_model)
+        self.start = _own_decoders(self.clt, self.s).double()
 
     def add(self, batch: TokenBatch) -> None:
         for half in range(FOLDS):
@@ -207,7 +212,19 @@ class _Fit:
         gram = half.gram.clone()
         blocks = half.gram.diagonal().split(self.widths)
         gram.diagonal().add_(torch.cat([(ridge * b.mean()).expand_as(b) for b in blocks]))
-        # A latent that was never active has an empty row, and gets a zero decoder.
+        # The row of a latent that was never active is empty, and its decoder stays.
         gram.diagonal()[gram.diagonal() == 0] = 1.0
-        W = torch.linalg.solve(gram, half.cross)
+        W = self.start + torch.linalg.solve(gram, half.cross - half.gram @ self.start)
         return _Solution(W, half.mean_y - half.mean_a @ W, int(half.n), ridge)
+
+
+def _own_decoders(clt: Clt, s: int) -> Tensor:
+    """[F (+ d), d]: what a unit of activation (and of what the skip connection reads) of layer `s`
+    adds to y of its first target."""
+    decoders = clt.decoder_matrix(s, 0)
+    if clt.post_scale is not None:
+        decoders = decoders * clt.post_scale[s][0][:, None]
+    if (skip := clt.skip(s, 0)) is None:
+        return decoders
+    t = s + clt.cfg.target_offset
+    return torch.cat([decoders, skip.T * (clt.write_factor(s, t) * clt.out_scale(t))])

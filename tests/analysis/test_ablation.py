@@ -134,11 +134,13 @@ def test_refit_is_least_squares_on_the_other_half(variant: dict[str, Any], ridge
     values = []
     for s in ref.acts:
         design = ref.acts[s]
+        start = array(clt.W_dec[s][0])
         if clt.W_skip is not None:
             design = np.concatenate([design, ref.x[s]], 1)
+            start = np.concatenate([start, array(clt.W_skip[s][0]).T])
         y_hat = np.zeros_like(ref.y[0])
         for fitted in (odd, ~odd):
-            y_hat[~fitted] = ridge_fit(design, ref.y[s + near], fitted, ridge)[~fitted]
+            y_hat[~fitted] = ridge_fit(design, ref.y[s + near], fitted, ridge, start)[~fitted]
         values.append(ref.fvu(s + near, y_hat, np.ones_like(odd)))
     assert fvu_by(found, "refit", "all") == pytest.approx(values, rel=2e-5)
     full, same, refit = (
@@ -152,16 +154,20 @@ def test_refit_is_least_squares_on_the_other_half(variant: dict[str, Any], ridge
     assert found.estimates["refit_recovers"].value == pytest.approx(recovered)
 
 
-def ridge_fit(design: np.ndarray, y: np.ndarray, rows: np.ndarray, ridge: float) -> np.ndarray:
-    """ŷ of every row, fitted on `rows` by least squares with the penalty as extra rows."""
+def ridge_fit(
+    design: np.ndarray, y: np.ndarray, rows: np.ndarray, ridge: float, start: np.ndarray
+) -> np.ndarray:
+    """ŷ of every row, fitted on `rows` by least squares with the penalty as extra rows, which pull
+    to `start`."""
     mean_a, mean_y = design[rows].mean(0), y[rows].mean(0)
     a, b = design[rows] - mean_a, y[rows] - mean_y
     blocks = [slice(0, F), slice(F, design.shape[1])]
     penalty = np.zeros(design.shape[1])
     for block in blocks[: 1 + (design.shape[1] > F)]:
         penalty[block] = ridge * (a[:, block] ** 2).sum(0).mean()
-    more = np.concatenate([a, np.diag(np.sqrt(penalty))])
-    W = np.linalg.lstsq(more, np.concatenate([b, np.zeros((len(penalty), D))]), rcond=None)[0]
+    pull = np.diag(np.sqrt(penalty))
+    more = np.concatenate([a, pull]), np.concatenate([b, pull @ start])
+    W = np.linalg.lstsq(*more, rcond=None)[0]
     return (design - mean_a) @ W + mean_y
 
 
@@ -188,7 +194,7 @@ def test_random_encoders_are_those_that_training_starts_from() -> None:
         a = np.where(pre >= np.sort(pre, 1)[:, [-k]], np.maximum(pre, 0), 0)
         y_hat = np.zeros_like(y[t])
         for fitted in (odd, ~odd):
-            y_hat[~fitted] = ridge_fit(a, y[t], fitted, 0.01)[~fitted]
+            y_hat[~fitted] = ridge_fit(a, y[t], fitted, 0.01, np.zeros((F, D)))[~fitted]
         values.append(((y[t] - y_hat) ** 2).sum() / ((y[t] - y[t].mean(0)) ** 2).sum())
     assert fvu_by(found, "random_init", "all") == pytest.approx(values, rel=1e-4)
     assert k <= K

@@ -202,7 +202,8 @@ def test_every_sample_meets_the_refit_of_the_other_half(
         about, target = a - a.mean(0), y[t][odd] - y[t][odd].mean(0)
         gram = about.T @ about
         gram += 1e-2 * gram.diagonal().mean() * torch.eye(F)
-        W = torch.linalg.solve(gram, about.T @ target)
+        start = clt.W_dec[t][0].double()
+        W = start + torch.linalg.solve(gram, about.T @ (target - about @ start))
         fits.append((W.float(), (y[t][odd].mean(0) - a.mean(0) @ W).float()))
     even = ablation(model, DATA, draws=0, ridge=[1e-2], one_layer_samples=0, quiet=True)
     assert even.spliced is not None
