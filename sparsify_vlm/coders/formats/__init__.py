@@ -100,6 +100,11 @@ def _downloaded(repository: str, subfolder: str) -> Path:
         raise UserError(
             f"{repository}: no such local folder, and it cannot be had from the Hub ({reason})"
         ) from error
-    if not (snapshot / subfolder).is_dir():
-        raise UserError(f"{repository}: no folder '{subfolder}' in this repository")
-    return snapshot / subfolder
+    folder = snapshot / subfolder
+    if not folder.is_dir() or not any(folder.iterdir()):
+        what = f"no folder '{subfolder}' with a coder" if subfolder else "no coder at the top"
+        raise UserError(
+            f"{repository}: {what} of this repository; if it is deeper, name its folder: "
+            f"{repository}/FOLDER"
+        )
+    return folder
