@@ -15,6 +15,7 @@ import json
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,8 @@ def examples(cfg: ExamplesConfig, model: VLMReplacementModel | None = None) -> P
     source = open_samples(data, model.loaded)
     best = Strongest(model, wanted, cfg)
     encoded = prefetched(batches(source, model.loaded, cfg.batch_size, cfg.ctx_len))
-    with Progress("Looking for examples", source.size, unit="samples") as progress:
+    progress = Progress("Looking for examples", source.size, unit="samples")
+    with progress, closing(encoded):
         for batch in encoded:
             best.add(batch)
             progress.update(len(batch))

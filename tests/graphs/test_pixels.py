@@ -4,6 +4,8 @@ whose patches are known."""
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,8 +23,9 @@ from sparsify_vlm import AttributionGraph, UserError, VLMReplacementModel, attri
 from sparsify_vlm.graphs import Difference
 from sparsify_vlm.graphs.effects import total_effects
 from sparsify_vlm.graphs.pixels import EMBEDDINGS, _by_patch, patches_of, pixel_effects
-from sparsify_vlm.models.pixels import pixel_grid
+from sparsify_vlm.models.pixels import PixelGrid, pixel_grid
 from sparsify_vlm.replacement import LocalModel
+from sparsify_vlm.replacement.frozen import Freezer
 
 WHOLE: dict[str, dict[str, Any]] = defaultdict(dict, internvl={"crop_to_patches": False})
 """How a processor is told to show a picture in one piece, where its tiles' places are not known."""
@@ -127,39 +130,74 @@ def read_of_pixels(local: LocalModel, pixels: torch.Tensor) -> dict[int, torch.T
     return {EMBEDDINGS: starts[0]} | {i: starts[i + 1] - ends[i] for i in local.injected}
 
 
+def random_gradients(local: LocalModel) -> dict[int, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (local.n_positions, 2, local.stack.d_model)
+    return {
+        place: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for place in (EMBEDDINGS, *local.injected)
+    }
+
+
+def slope_along(
+    local: LocalModel,
+    grid: PixelGrid,
+    cells: list[int],
+    given: dict[int, torch.Tensor],
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> torch.Tensor:
+    """How Σ ⟨given, what is read⟩ [T] grows with the pixels of some patches, by finite differences
+    of runs in the context `around`."""
+    pixels = local.inputs["pixel_values"].double()
+    channel = -1 if pixels.ndim == 2 else -3
+    inside = torch.isin(grid.cells, torch.tensor(cells)).view(pixels.select(channel, 0).shape)
+    direction = pixels * inside.unsqueeze(channel)
+
+    def value(step: float) -> torch.Tensor:
+        with around():
+            read = read_of_pixels(local, pixels + step * direction)
+        return sum(torch.einsum("std,sd->t", given[p], read[p][0]) for p in given)
+
+    step = 1e-3  # some norms and softmaxes compute in float32, whatever they are given
+    return (value(step) - value(-step)) / (2 * step)
+
+
 @pytest.mark.parametrize("name", VLMS)
 def test_the_plain_gradient_is_that_of_finite_differences(name):
     """Of one patch, of another, and of all pixels together."""
     local = double(name)
     grid = patches_of(local)
-    generator = torch.Generator().manual_seed(1)
-    shape = (local.n_positions, 2, local.stack.d_model)
-    given = {
-        place: torch.randn(shape, generator=generator, dtype=torch.float64)
-        for place in (EMBEDDINGS, *local.injected)
-    }
+    given = random_gradients(local)
     found = _by_patch(local, grid, given, "plain").double()
     scale = _by_patch(local, grid, given, "frozen").double().abs().sum(1)
-    pixels = local.inputs["pixel_values"].double()
     strongest = int(found[0, 1:].abs().argmax())
 
-    def value(direction: torch.Tensor, step: float) -> torch.Tensor:
-        read = read_of_pixels(local, pixels + step * direction)
-        return sum(torch.einsum("std,sd->t", given[p], read[p][0]) for p in given)
-
-    channel = -1 if pixels.ndim == 2 else -3
     for cells in ([strongest], [grid.n_patches // 2], range(-1, grid.n_patches)):
-        inside = torch.isin(grid.cells, torch.tensor(list(cells))).view(
-            pixels.narrow(channel, 0, 1).squeeze(channel).shape
-        )
-        direction = pixels * inside.unsqueeze(channel)
-        step = 1e-3  # some norms and softmaxes compute in float32, whatever they are given
-        slope = (value(direction, step) - value(direction, -step)) / (2 * step)
+        slope = slope_along(local, grid, list(cells), given)
         mine = found[:, [one + 1 for one in cells]].sum(1)
         assert bool(((slope - mine).abs() <= 1e-3 * scale).all()), cells
     # Pixtral's patches are normed without a bias before: along a patch's own pixels all is flat.
     flat = name in ("pixtral", "mistral3")
     assert bool((found.abs().sum(1) < 1e-3 * scale).all()) == flat
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "gemma3", "glm4v", "pixtral"])
+def test_the_frozen_gradient_is_that_of_runs_with_its_patterns_and_scales(name):
+    """Runs on other pixels, with the patterns and scales of the run on these put in."""
+    local = double(name)
+    grid = patches_of(local)
+    given = random_gradients(local)
+    found = _by_patch(local, grid, given, "frozen").double()
+    decoder = set(local.loaded.model.get_decoder().modules())
+    others = [m for m in local.loaded.model.modules() if m not in decoder]
+    freezer = Freezer(local.loaded, others)
+    with freezer.recording() as record:
+        read_of_pixels(local, local.inputs["pixel_values"].double())
+    assert record.norms
+    for cell in (int(found[0, 1:].abs().argmax()), grid.n_patches // 2):
+        slope = slope_along(local, grid, [cell], given, lambda: freezer.replaying(record))
+        error = (slope - found[:, cell + 1]).abs()
+        assert bool((error <= 1e-3 * found[:, 1:].abs().sum(1)).all()), (error, found[:, cell + 1])
 
 
 def frozen_clip(local: LocalModel, pixels: torch.Tensor) -> torch.Tensor:
