@@ -75,6 +75,7 @@ def ablation(
     data: Tokens | DataConfig | ActivationStore | str | Path,
     *,
     plt: Clt | str | Path | None = None,
+    fit_data: Tokens | DataConfig | ActivationStore | str | Path | None = None,
     measured: Activity | None = None,
     draws: int = 3,
     ridge: Sequence[float] = RIDGE,
@@ -93,6 +94,8 @@ def ablation(
     Args:
         data: a dataset for the model, an activation store, or the `Tokens` of either.
         plt: a per-layer coder trained alike, for comparison.
+        fit_data: other data to fit decoders on, such as the coder's training data; with a few
+            measured samples alone, the refit is worse than it could be.
         measured: the coder's activity on the same tokens, if it is known already.
         draws: random deletions.
         ridge: strengths of the refit's penalty to choose from, see `refit.py`.
@@ -106,11 +109,8 @@ def ablation(
     """
     model = coder if isinstance(coder, VLMReplacementModel) else None
     clt = coder.clt if isinstance(coder, VLMReplacementModel) else coder
-    tokens = (
-        data
-        if isinstance(data, Tokens)
-        else token_batches(data, coder, batch_size=batch_size, max_samples=max_samples)
-    )
+    tokens = _tokens(data, coder, batch_size, max_samples)
+    fitted_on = None if fit_data is None else _tokens(fit_data, coder, batch_size, None)
     per_layer = None if plt is None else _fitting_plt(plt, coder)
     measured = measured or activity(clt, tokens)
     refitting = _whether_to_refit(clt, refitting, refit_gib * GIB)
@@ -120,7 +120,9 @@ def ablation(
     if per_layer is not None:
         arms.append(kept_arm("plt", per_layer, lambda distance: True))
     if refitting:
-        arms += _refitted_arms(clt, tokens, measured, ridge, refit_gib * GIB, seed, notes)
+        arms += _refitted_arms(
+            clt, tokens, fitted_on, measured, ridge, refit_gib * GIB, seed, notes
+        )
     else:
         notes.append(_no_refit_note(clt))
     mean_y = measured.mean_y["all"].to(clt.device, clt.dtype)
@@ -151,6 +153,17 @@ def ablation(
         found,
         losses,
     )
+
+
+def _tokens(
+    data: Tokens | DataConfig | ActivationStore | str | Path,
+    coder: VLMReplacementModel | Clt,
+    batch_size: int,
+    max_samples: int | None,
+) -> Tokens:
+    if isinstance(data, Tokens):
+        return data
+    return token_batches(data, coder, batch_size=batch_size, max_samples=max_samples)
 
 
 # ---- arms
@@ -200,6 +213,7 @@ def _deletions(clt: Clt, measured: Activity, draws: int, seed: int) -> list[Dele
 def _refitted_arms(
     clt: Clt,
     tokens: Tokens,
+    fitted_on: Tokens | None,
     measured: Activity,
     ridge: Sequence[float],
     limit: float,
@@ -208,12 +222,24 @@ def _refitted_arms(
 ) -> list[Arm]:
     k = max(1, round(measured.mean_l0()))
     random = random_coder(clt, measured.mean_x, min(k, clt.cfg.num_latents), seed)
-    own, drawn = refit([clt, random], tokens, measured.mean_y["all"], ridge, limit)
+    own, drawn = refit(
+        [clt, random],
+        fitted_on or tokens,
+        measured.mean_y["all"],
+        ridge,
+        limit,
+        halved=fitted_on is None,
+    )
+    where = (
+        f"one half of the samples and measured on the other, both ways ({own[0].tokens} and "
+        f"{own[1].tokens} tokens"
+        if fitted_on is None
+        else f"{fitted_on.name} ({own[0].tokens} tokens"
+    )
     notes.append(
-        f"refit and random_init are fitted on one half of the samples and measured on the other, "
-        f"both ways ({own[0].tokens} and {own[1].tokens} tokens, ridge {min(own[0].ridge):g} to "
-        f"{max(own[0].ridge):g} by layer); random_init has "
-        f"random encoders with {random.cfg.k} active latents per token."
+        f"refit and random_init are fitted on {where}, ridge {min(own[0].ridge):g} to "
+        f"{max(own[0].ridge):g} by layer); random_init has random encoders with {random.cfg.k} "
+        "active latents per token."
     )
     return [refitted_arm("refit", clt, own), refitted_arm("random_init", random, drawn)]
 

@@ -15,7 +15,8 @@ It needs the Gram matrices of latents and y of one pass over tokens, summed in f
 of the samples (by number: even, odd) are summed apart: what is measured on one half is fitted on
 the other, so that every sample is measured and none is fitted on itself. Of several `ridge` every
 layer takes the one with the least error on the halves that were not fitted: too weak a penalty
-would make the refit look worse than it is. (That one number has seen what is measured.)
+would make the refit look worse than it is. (That one number has seen what is measured.) Where
+other data are given to fit on, strengths are chosen on their halves, and all of them are fitted.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ROWS_AT_ONCE = 4096
 
 @dataclass
 class Refitted:
-    """Own-layer decoders fitted to one half of the samples, by source layer."""
+    """Own-layer decoders fitted to some tokens, by source layer."""
 
     W: list[Tensor]
     """[F, d]: what a unit of activation adds to y of the layer written to first."""
@@ -68,12 +69,14 @@ def refit(
     centre: Tensor,
     ridge: Sequence[float],
     limit: float,
+    halved: bool = True,
 ) -> list[list[Refitted]]:
     """For every coder its refits; the one at place h is for measuring samples with number % 2 = h.
 
     Args:
         centre: [L, d], about the mean of y: keeps the sums small.
         ridge: strengths to choose from.
+        halved: False: what is measured is not among `tokens`; fit all of them, for both places.
         limit: bytes for sums. Layers are fitted in as many passes over `tokens` as that takes.
 
     Raises:
@@ -87,7 +90,7 @@ def refit(
         for batch in tokens:
             for fit in group:
                 fit.add(batch)
-        solved += [fit.solve(ridge) for fit in group]
+        solved += [fit.solve(ridge, halved) for fit in group]
     found = []
     for clt in coders:
         own = [solved.pop(0) for _ in clt.cfg.source_layers()]
@@ -185,12 +188,11 @@ class _Fit:
         self.gram[half] += a.T @ a
         self.cross[half] += a.T @ about.to(a.dtype)
 
-    def solve(self, ridge: Sequence[float]) -> list[_Solution]:
-        """By half that is measured: fitted on the other half. Frees the sums."""
+    def solve(self, ridge: Sequence[float], halved: bool) -> list[_Solution]:
+        """By half that is measured: fitted on the other half, or on both. Frees the sums."""
         if not bool((self.n > 0).all()):
             raise UserError("refitting needs tokens of at least two samples")
-        halves = [self._moments(half) for half in range(FOLDS)]
-        del self.gram, self.cross
+        halves = [self._moments([half]) for half in range(FOLDS)]
         best: list[_Solution] = []
         least = math.inf
         for strength in ridge:
@@ -198,14 +200,19 @@ class _Fit:
             error = sum(half.error(one) for half, one in zip(halves, found, strict=True))
             if error < least:
                 best, least = found, error
+        if not halved:
+            best = [self._solution(self._moments(range(FOLDS)), best[0].ridge)] * FOLDS
+        del self.gram, self.cross
         return best
 
-    def _moments(self, half: int) -> _Moments:
-        n = self.n[half]
-        mean_a, mean_y = self.sum_a[half] / n, self.sum_y[half] / n
-        gram, cross = self.gram[half], self.cross[half]
-        gram -= n * torch.outer(mean_a, mean_a)
-        cross -= n * torch.outer(mean_a, mean_y)
+    def _moments(self, halves: Sequence[int]) -> _Moments:
+        def total(sums: Tensor) -> Tensor:
+            return sums[list(halves)].sum(0)
+
+        n = total(self.n)
+        mean_a, mean_y = total(self.sum_a) / n, total(self.sum_y) / n
+        gram = total(self.gram) - n * torch.outer(mean_a, mean_a)
+        cross = total(self.cross) - n * torch.outer(mean_a, mean_y)
         return _Moments(n, mean_a, mean_y, gram, cross)
 
     def _solution(self, half: _Moments, ridge: float) -> _Solution:

@@ -171,6 +171,21 @@ def ridge_fit(
     return (design - mean_a) @ W + mean_y
 
 
+def test_refit_on_other_data_takes_all_of_them() -> None:
+    clt, tokens, others = random_clt(), MadeUp(samples=20), MadeUp(samples=50, seed=9)
+    found = ablation(clt, tokens, fit_data=others, draws=0, ridge=[0.01])
+    here, there = Reference(clt, tokens), Reference(clt, others)
+    values = []
+    for s in range(L):
+        design = np.concatenate([there.acts[s], here.acts[s]])
+        y = np.concatenate([there.y[s], here.y[s]])
+        fitted = np.arange(len(y)) < len(there.y[s])
+        y_hat = ridge_fit(design, y, fitted, 0.01, array(clt.W_dec[s][0]))[~fitted]
+        values.append(here.fvu(s, y_hat, np.ones(len(y_hat), dtype=bool)))
+    assert fvu_by(found, "refit", "all") == pytest.approx(values, rel=1e-4)
+    assert any("fitted on made up" in note for note in found.notes)
+
+
 def test_of_several_ridges_the_best_on_the_other_half_is_taken() -> None:
     clt, tokens = random_clt(num_latents=40), MadeUp(samples=16)
     grid = [1e-4, 1e-1, 10.0]
