@@ -35,7 +35,8 @@ from sparsify_vlm.graphs.rows import Reads, RowMaker
 from sparsify_vlm.graphs.selection import HeldRows
 from sparsify_vlm.graphs.targets import Target, Targets, resolve_targets, text
 from sparsify_vlm.replacement import VLMReplacementModel
-from sparsify_vlm.replacement.local import LocalModel, freed
+from sparsify_vlm.replacement.local import LocalModel, freed, one_prompt
+from sparsify_vlm.replacement.local_size import expected_bytes, held_bytes
 
 ROUND = 256
 """Features that get their rows before influence is computed anew."""
@@ -47,7 +48,7 @@ BYTES, EDGE_BYTES = 4, 20
 """Of a number, and of an edge while the graph is made; half of all possible edges are there."""
 
 MEMORY = 4 << 30
-"""Bytes for decoder rows, gradients and held rows together, where nothing is said."""
+"""Bytes for all that is held beside model and coder, where nothing is said."""
 
 
 def attribute(
@@ -75,52 +76,78 @@ def attribute(
         max_feature_nodes: the most features that become nodes; None: all that are active.
         targets: what to explain instead: tokens (ids, text), `Difference`, `Feature`, directions
             [d_model] in the stream after the final norm.
-        memory: bytes for what is held beside model and coder; None: 4 GiB.
+        memory: bytes for all that is held beside model and coder; None: 4 GiB.
         batch_size: targets going backwards together; None: as many as are quick and fit.
         fast: read matrices off the attention layers (`maps.py`); None: where it pays.
 
-    Raises `UserError` for inputs or targets that cannot be used, and where nothing is active.
+    Raises `UserError` for inputs or targets that cannot be used, where nothing is active, and where
+    the prompt or the graph does not fit into `memory`.
     """
     memory = MEMORY if memory is None else memory
-    with _local(model, inputs) as local:
-        columns = Columns(local, memory // 4)
+    with _local(model, inputs, memory) as local:
+        rest = memory - held_bytes(local)
+        columns = Columns(local, max(rest, 0) // 4)
         if not columns.n_features:
             raise UserError("no feature of the coder is active on this prompt: nothing to trace")
         found = resolve_targets(local, targets, max_n_logits, desired_logit_prob)
         wanted = min(max_feature_nodes or columns.n_features, columns.n_features)
-        _check_size(columns, wanted, memory)
-        maker = RowMaker(local, columns, wanted + len(found.weights), memory // 4, fast)
-        most = _batch_size(local, columns, memory)
+        _check_size(columns, wanted, memory, rest)
+        maker = RowMaker(local, columns, wanted + len(found.weights), rest // 4, fast)
+        most = _batch_size(local, columns, rest // 4)
         tracer = _Tracer(local, columns, maker, batch_size, most)
         if wanted == columns.n_features:
             return _graph(local, columns, found, *tracer.everything(found))
-        held = HeldRows(columns.n_features, columns.n, memory // 4 // BYTES)
+        held = HeldRows(columns.n_features, columns.n, rest // 8 // BYTES)
         return _graph(local, columns, found, *tracer.best(found, wanted, held))
 
 
-def _local(
-    model: VLMReplacementModel, inputs: Mapping[str, Any] | LocalModel
-) -> AbstractContextManager[LocalModel]:
-    if isinstance(inputs, LocalModel):
-        return nullcontext(inputs)
-    return freed(LocalModel(model, inputs))
-
-
-def _check_size(columns: Columns, wanted: int, memory: int) -> None:
-    """Raise `UserError` if the edges between so many features do not fit."""
-    needed = wanted * (wanted + columns.n_errors) * EDGE_BYTES // 2
+def check_prompt_fits(
+    model: VLMReplacementModel, inputs: Mapping[str, Any], memory: int | None = None
+) -> None:
+    """Raise `UserError` if the prompt's local replacement model alone takes more than `memory`."""
+    memory, S = MEMORY if memory is None else memory, len(one_prompt(inputs))
+    needed = expected_bytes(model, S)
     if needed > memory:
         raise UserError(
-            f"a graph of {wanted:,} features takes {needed / 2**30:.1f} GiB, more than the "
-            f"{memory / 2**30:.1f} GiB it may: give a smaller --max_feature_nodes or more --memory"
+            f"a prompt of {S:,} positions takes {_gib(needed)} in this model before anything is "
+            f"traced, more than the {_gib(memory)} it may: give a shorter one or more --memory"
         )
 
 
-def _batch_size(local: LocalModel, columns: Columns, memory: int) -> int:
-    """As many targets as fit: gradients, a few copies of them, and the sums by place."""
-    d = local.stack.d_model
-    each = BYTES * (local.n_positions * 6 * d + 2 * columns.n)
-    return max(1, memory // 4 // each)
+def _local(
+    model: VLMReplacementModel, inputs: Mapping[str, Any] | LocalModel, memory: int
+) -> AbstractContextManager[LocalModel]:
+    if isinstance(inputs, LocalModel):
+        return nullcontext(inputs)
+    check_prompt_fits(model, inputs, memory)
+    return freed(LocalModel(model, inputs))
+
+
+def _check_size(columns: Columns, wanted: int, memory: int, rest: int) -> None:
+    """Raise `UserError` if the edges between so many features do not fit into what is left."""
+    each = EDGE_BYTES / 2
+    needed = wanted * (wanted + columns.n_errors) * each
+    if needed <= rest:
+        return
+    errors = columns.n_errors
+    fitting = int(((errors**2 + 4 * max(rest, 0) / each) ** 0.5 - errors) / 2)
+    fewer = f"--max_feature_nodes {fitting} or fewer, or " if fitting else ""
+    raise UserError(
+        f"a graph of {wanted:,} features takes {_gib(needed)}, the prompt's own model "
+        f"{_gib(memory - rest)}, together more than the {_gib(memory)} they may: give {fewer}more "
+        "--memory"
+    )
+
+
+def _gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.2g} GiB"
+
+
+def _batch_size(local: LocalModel, columns: Columns, most: int) -> int:
+    """As many targets as fit into `most` bytes: gradients with what products make of them, and
+    rows."""
+    each = BYTES * (6 * local.n_positions * local.stack.d_model + 4 * columns.n)
+    return max(1, most // each)
 
 
 class _Tracer:

@@ -25,7 +25,7 @@ from sparsify_vlm.data.prompts import Prompter
 from sparsify_vlm.data.rows import IMAGE_MARK, Sample, Turn
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.files import write_tensors
-from sparsify_vlm.graphs.attribution import attribute
+from sparsify_vlm.graphs.attribution import attribute, check_prompt_fits
 from sparsify_vlm.graphs.config import TraceConfig, in_bytes
 from sparsify_vlm.graphs.effects import patch_grid, total_effects
 from sparsify_vlm.graphs.export import EXAMPLES_FORMAT, Story, check_slug, export_graph, slug_of
@@ -94,6 +94,7 @@ def _graph(cfg: TraceConfig, model: VLMReplacementModel, asked: Asked) -> Attrib
     }
     if not cfg.patches:
         return attribute(model, asked.inputs, **options)
+    check_prompt_fits(model, asked.inputs, options["memory"])
     with freed(LocalModel(model, asked.inputs)) as local:
         patches_of(local)  # refuses at once what it cannot place
         graph = attribute(model, local, **options)

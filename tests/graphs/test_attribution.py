@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -16,16 +17,19 @@ from sparsify_vlm.data.shapes import ShapesDataset
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.graphs import AttributionGraph, Difference, Feature, attribute
 from sparsify_vlm.graphs import attribution as attribution_module
-from sparsify_vlm.graphs.columns import Columns
-from sparsify_vlm.graphs.edge_list import EdgeList
-from sparsify_vlm.graphs.rows import Reads, RowMaker
 from sparsify_vlm.models import Role, load_model
 from sparsify_vlm.replacement import Intervention, LocalModel, VLMReplacementModel
+from sparsify_vlm.replacement.local_size import expected_bytes, held_bytes
 
 
 @pytest.fixture(scope="module")
 def whole() -> AttributionGraph:
     return attribute(model("llama_relu"), inputs("llama_relu"))
+
+
+@pytest.fixture(scope="module")
+def local() -> LocalModel:
+    return LocalModel(model("llama_relu"), inputs("llama_relu"))
 
 
 # ---- targets
@@ -142,9 +146,11 @@ def partial_influence(rows, node_of_row, weights, n_columns):
     return total
 
 
-@pytest.mark.parametrize("memory", [None, 350_000])
-def test_the_most_influential_features_become_nodes(whole, memory, monkeypatch):
+@pytest.mark.parametrize("memory", [None, 700_000])
+def test_the_most_influential_features_become_nodes(whole, memory, local, monkeypatch):
+    """`memory`: beside the prompt's own model."""
     monkeypatch.setattr(attribution_module, "ROUND", 40)
+    memory = memory and memory + held_bytes(local)
     graph = attribute(
         model("llama_relu"), inputs("llama_relu"), max_feature_nodes=100, memory=memory
     )
@@ -171,76 +177,13 @@ def test_the_most_influential_features_become_nodes(whole, memory, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"memory": 900_000}, {"batch_size": 7}, {"fast": False}])
-def test_how_it_is_computed_does_not_matter(whole, options):
+def test_how_it_is_computed_does_not_matter(whole, local, options):
+    if "memory" in options:
+        options = {"memory": options["memory"] + held_bytes(local)}
     graph = attribute(model("llama_relu"), inputs("llama_relu"), max_feature_nodes=266, **options)
     kept = torch.cat([graph.selected_features, torch.arange(whole.n_features, whole.n_nodes)])
     expected = whole.adjacency[kept][:, kept]
     torch.testing.assert_close(graph.adjacency, expected, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("name", ["llava", "gemma3", "paligemma2"])
-def test_rows_where_nothing_can_be_kept(name):
-    """Matrices made anew for every batch, a table for each source, no table of tokens; with coders
-    whose positions have very different numbers of features."""
-    loaded = shared(name)
-    coder = random_coder(loaded, activation="relu")
-    local = LocalModel(VLMReplacementModel(loaded, coder), one_prompt(loaded))
-    rows = []
-    for size in (1 << 30, 1):
-        columns = Columns(local, size)
-        maker = RowMaker(local, columns, columns.n, size, fast=True)
-        table = columns.features[::3]
-        vectors = torch.cat([local.encoder_rows(int(f[0]), f[2:]) for f in table])
-        rows.append(maker.rows(Reads(table[:, 0], table[:, 1], vectors)))
-    assert rows[0].abs().max() > 0.1
-    torch.testing.assert_close(rows[1], rows[0], rtol=1e-4, atol=1e-5)
-
-
-def test_vectors_in_tables_are_what_features_write():
-    """Against the coder's own decoding of one feature alone."""
-    loaded = shared("llama")
-    coder = random_coder(loaded, activation="relu")
-    local = LocalModel(VLMReplacementModel(loaded, coder), one_prompt(loaded))
-    keep = torch.rand(local.n_positions, generator=torch.Generator().manual_seed(0)) ** 6
-    for latents in local.latents.values():  # from few features at a position to all of them
-        few = torch.rand(latents.values.shape, generator=torch.Generator().manual_seed(1))
-        latents.values[few > keep[:, None]] = 0
-    columns = Columns(local, 1 << 30)
-    G = torch.randn(5, local.n_positions, local.stack.d_model)
-    for layer in range(N_LAYERS):
-        (tables,) = columns.tables(layer)
-        assert len(tables.tables) > 2
-        found = tables.products(G)
-        for row, (s, p, i) in zip(found, columns.features[tables.columns].tolist(), strict=True):
-            a = columns.activations[columns.features.eq(torch.tensor([s, p, i])).all(1)]
-            written = coder.W_dec[s][layer - s][i] * a
-            torch.testing.assert_close(row, G[:, p] @ written, rtol=1e-4, atol=1e-5)
-
-
-def test_edges_are_listed_by_target_and_source():
-    dense = torch.randn(9, 6, generator=torch.Generator().manual_seed(0)).relu()
-    dense[4] = 0
-    listed = EdgeList(9)
-    for targets in ([7, 2], [4], [0, 8, 1, 3], [6, 5]):
-        listed.add(torch.tensor(targets), dense[targets][:, 1:5], torch.tensor([2, 3, 5, 8]))
-    edges = listed.joined()
-    expected = torch.zeros(9, 9)
-    expected[:, [2, 3, 5, 8]] = dense[:, 1:5]
-    target, source = expected.nonzero(as_tuple=True)
-    assert torch.equal(edges.target, target)
-    assert torch.equal(edges.source, source)
-    assert torch.equal(edges.weight, expected[target, source])
-    assert edges.source.dtype == torch.int64
-
-
-@pytest.mark.parametrize("name", ["gemma3", "paligemma2", "gpt2", "granite", "olmo2", "qwen3_vl"])
-def test_matrices_and_autograd_agree(name):
-    loaded = shared(name)
-    local = LocalModel(
-        VLMReplacementModel(loaded, random_coder(loaded, skip_connection=True)), one_prompt(loaded)
-    )
-    one, other = (attribute(local.model, local, fast=fast).adjacency for fast in (True, False))
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [("float64", 1e-5), ("bfloat16", 0.1)])
@@ -258,9 +201,19 @@ def test_models_of_other_dtypes(dtype, allowed, tmp_path):
         torch.testing.assert_close(graph.adjacency[:n, :n], expected, rtol=0, atol=allowed)
 
 
-def test_too_many_nodes_for_the_memory():
-    with pytest.raises(UserError, match="--max_feature_nodes"):
-        attribute(model("llama_relu"), inputs("llama_relu"), memory=100_000)
+def test_what_does_not_fit_into_the_memory(whole, local):
+    replaced, prompt = model("llama_relu"), inputs("llama_relu")
+    alone = expected_bytes(replaced, local.n_positions)
+    with pytest.raises(UserError, match=r"a prompt of 12 positions takes .* before anything"):
+        attribute(replaced, prompt, memory=alone - 1)
+    with pytest.raises(UserError, match=r"the prompt's own model .* more --memory") as caught:
+        attribute(replaced, prompt, memory=held_bytes(local) + 200_000)
+    fitting = int(re.search(r"--max_feature_nodes (\d+) or fewer", str(caught.value))[1])
+    assert 50 < fitting < whole.n_features
+    memory = held_bytes(local) + 200_000
+    assert attribute(replaced, local, memory=memory, max_feature_nodes=fitting).n_features > 50
+    with pytest.raises(UserError, match="or fewer"):
+        attribute(replaced, local, memory=memory, max_feature_nodes=fitting + 1)
 
 
 # ---- on disk
