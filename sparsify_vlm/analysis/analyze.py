@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify_vlm.analysis.ablation import ablation
 from sparsify_vlm.analysis.activity import Activity, activity
+from sparsify_vlm.analysis.causal_join import with_causal
 from sparsify_vlm.analysis.config import AnalyzeConfig, read_labels
 from sparsify_vlm.analysis.decoders import Decoders, read_decoders
 from sparsify_vlm.analysis.distance import distance
 from sparsify_vlm.analysis.features import features
 from sparsify_vlm.analysis.results import Results
 from sparsify_vlm.analysis.tables import Experiment
-from sparsify_vlm.analysis.tokens import Tokens, token_batches
+from sparsify_vlm.analysis.tokens import ModelTokens, Tokens, token_batches
 from sparsify_vlm.analysis.weights import weights
 from sparsify_vlm.coders import Clt, load_clt
 from sparsify_vlm.coders.formats import InMemory, StoredClt, open_clt
@@ -116,7 +117,7 @@ def _distance(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experimen
 
 
 def _features(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experiment:
-    return features(
+    found = features(
         measured.decoders,
         activity=measured.activity,
         labels=read_labels(cfg.labels),
@@ -124,6 +125,10 @@ def _features(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experimen
         seed=cfg.seed,
         resamples=cfg.bootstrap,
     )
+    model, tokens, active = measured.model, measured.tokens, measured.activity
+    if not cfg.causal or model is None or active is None or not isinstance(tokens, ModelTokens):
+        return found
+    return with_causal(found, model, tokens, measured.decoders, active, cfg.causal, cfg.seed, quiet)
 
 
 def _ablation(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experiment:

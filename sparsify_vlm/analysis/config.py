@@ -123,9 +123,9 @@ class AnalyzeConfig(ModelConfig, DataConfig):
     top: int = 5
     """Latents listed of each layer, those with the largest cross-layer scores."""
 
-    causal: int = 10
-    """Top latents whose cross-layer writes are also removed in the model, one latent at a time; 0:
-    none."""
+    causal: int = 16
+    """Top latents, and as many random ones, whose writes are also removed in the model, one latent
+    at a time; 0: none."""
 
     bootstrap: int | None = None
     """Resamples behind intervals over source layers. Default: 2000, with fewer than 30 layers

@@ -228,6 +228,20 @@ def features(layers: int, data: bool) -> Experiment:
         "score_distribution": Table.from_rows(bins, list(bins[0])),
         "per_latent_by_layer": Table.from_rows(layers_table, list(layers_table[0])),
     }
+    if top and data:
+        values |= {
+            "causal_ratio.top": estimate(0.6, 0.1, n=5, over="latents"),
+            "causal_ratio.random": estimate(0.3, 0.1, n=5, over="latents"),
+            "causal_ratio.top-random": estimate(0.3, 0.14, n=5, over="latents"),
+        }
+        tested = [
+            {"source": s, "latent": 10 * s + 9 * i, "chosen": chosen, "score": score - 0.1 * s}
+            | {"ratio": score - 0.2, "low": score - 0.3, "high": score - 0.1}
+            | {"kl_without_cross": 0.01, "kl_without_any": 0.02, "n_tokens": 7}
+            for s in range(layers - 1)
+            for i, (chosen, score) in enumerate((("top", 0.95), ("random", 0.6)))
+        ]
+        tables["causal"] = Table.from_rows(tested, list(tested[0]))
     if top:
         tables["top_features"] = Table.from_rows(top, list(top[0]))
     return Experiment("features", values, tables)

@@ -98,6 +98,11 @@ RULES: Mapping[str, tuple[Callable[[Estimate], str], float, Mapping[str, str]]] 
         0.0,
         {"up": "partly the way", "down": "partly against", "none": "no evidence"},
     ),
+    "score_tells": (
+        sentences.score_tells,
+        0.0,
+        {"up": "do act more", "down": "the weights misleads", "none": "no evidence"},
+    ),
     "decay": (
         lambda e: sentences.decay("Norms", 5, e),
         1.0,

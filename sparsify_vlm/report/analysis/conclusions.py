@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import fmean, median
+from statistics import fmean
 
 from sparsify_vlm.analysis.results import Results
 from sparsify_vlm.report.analysis import sentences
@@ -47,7 +47,7 @@ def conclusions(results: Results) -> dict[str, list[str]]:
         "distance": _distance,
     }
     told = {n.capitalize(): tell(facts) for n, tell in made.items() if n in results.experiments}
-    if "ablation" not in results.experiments:
+    if not results.provenance.get("data"):
         told["Ablation"] = [NOT_MEASURED]
     if not facts.has_own:
         told = {"Layers": [FROM_NEXT], **told}
@@ -135,16 +135,22 @@ def _features(facts: Facts) -> list[str]:
             f"The largest cross-layer score is {number(best['score'])}, of latent "
             f"{best['latent']} in layer {best['source']}{null if n else ''}."
         )
-        ratios = [row for row in rows if row.get("causal") is not None]
-        if ratios:
-            clear = [r for r in ratios if r["causal_low"] is not None and r["causal_low"] > 0.5]
-            told.append(
-                f"Of the {len(ratios)} of these latents that were tested in the model, removing "
-                "only the cross-layer writes moved the output by a median of "
-                f"{number(median(row['causal'] for row in ratios))} of what removing all of the "
-                f"latent's writes did (KL); for {len(clear)} the interval lies above one half."
-            )
+    told += _causal(facts)
     return told
+
+
+def _causal(facts: Facts) -> list[str]:
+    """What removing writes of single latents does to the model."""
+    top, drawn = (facts.results.estimate(f"causal_ratio.{kind}") for kind in ("top", "random"))
+    if top is None or drawn is None:
+        return []
+    told = [
+        "In the model itself, removing only a latent's cross-layer writes does "
+        f"{interval(top)} (KL, mean over {top.n or 0} latents with large scores) of what removing "
+        f"all of its writes does; for {drawn.n or 0} latents drawn at random it is "
+        f"{interval(drawn)}."
+    ]
+    return [*told, sentences.score_tells(facts.results.estimate("causal_ratio.top-random"))]
 
 
 def _distance(facts: Facts) -> list[str]:
@@ -163,7 +169,7 @@ def implications(results: Results) -> list[str]:
     if not facts.crosses:
         return ["A graph made with this coder has no cross-layer edges of single features."]
     points = [_of_edges(facts), _of_reach(facts), _of_norms(facts), _of_top(facts)]
-    if "ablation" not in results.experiments:
+    if not results.provenance.get("data"):
         points.insert(
             0,
             "Nothing here says what a graph would lose without cross-layer edges: run analyze with "

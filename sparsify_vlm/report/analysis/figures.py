@@ -180,7 +180,8 @@ def top_features(results: Results) -> Figure | None:
     if table is None:
         return None
     rows = table.rows()
-    causal = [row for row in rows if row.get("causal") is not None]
+    tested = results.table("causal")
+    causal = [] if tested is None else [r for r in tested.rows() if r["ratio"] is not None]
     figure = new_figure(10.4 if causal else 6.4, 4.0)
     panels = figure.subplots(1, 2 if causal else 1, squeeze=False)[0]
     layers = sorted({row["source"] for row in rows})
@@ -203,14 +204,19 @@ def top_features(results: Results) -> Figure | None:
 
 def _causal(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Causal share against score, one point per latent."""
-    ends = [row | {"low": row["causal_low"], "high": row["causal_high"]} for row in rows]
-    scores = [row["score"] for row in rows]
-    style.whiskers(axes, scores, ends, "causal", fmt="o", ms=4.5, color="#d55e00")
-    for row in rows[:12]:
-        name, place = f"{row['source']}/{row['latent']}", (row["score"], row["causal"])
+    for chosen, mark, colour in (("random", "s", "#888888"), ("top", "o", "#d55e00")):
+        own = [row for row in rows if row["chosen"] == chosen]
+        scores = [row["score"] for row in own]
+        how = {"fmt": mark, "ms": 4.5, "color": colour, "label": f"{chosen} latents"}
+        style.whiskers(axes, scores, own, "ratio", **how)
+    for row in [row for row in rows if row["chosen"] == "top"][:12]:
+        name, place = f"{row['source']}/{row['latent']}", (row["score"], row["ratio"])
         axes.annotate(name, place, (4, 3), textcoords="offset points", fontsize=7.5)
     what = "KL without cross writes / KL without any"
     finish(axes, "what the model loses (layer/latent)", "cross-layer score", what)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(bottom=-0.02)
+    axes.legend(frameon=False, fontsize=8)
 
 
 FIGURES: dict[str, Callable[[Results], Figure | None]] = {

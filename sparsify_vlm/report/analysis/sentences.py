@@ -181,6 +181,21 @@ def direction(cosine: Estimate | None) -> str:
     }[verdict(cosine)]
 
 
+def score_tells(difference: Estimate | None) -> str:
+    """The causal share of latents with large scores less that of random ones."""
+    size = interval(difference)
+    return {
+        "above": "Latents with a large score do act more through cross-layer writes than random "
+        f"ones (difference {size}).",
+        "below": "Latents with a large score act less through cross-layer writes than random ones "
+        f"(difference {size}): the score of the weights misleads here.",
+        "none": "There is no evidence that latents with a large score act more through "
+        f"cross-layer writes than random ones (difference {size}).",
+        "unknown": f"The two differ by {size}; {NO_CLAIM}.",
+        "undefined": "",
+    }[verdict(difference)]
+
+
 def decay(which: str, distance: int, factor: Estimate | None) -> str:
     """The mean norm at a distance over that at distance 0."""
     size = interval(factor)
