@@ -22,9 +22,9 @@ Even so: below about 8 clusters, or with one cluster far from the rest, interval
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -153,18 +153,36 @@ def tail(clusters: int) -> float:
 
 def _resampled(arrays: list[Array], resamples: int, seed: int) -> list[Array]:
     """The sums of each resample, [R, …] of each array [C, …]."""
-    clusters, generator = len(arrays[0]), np.random.default_rng(seed)
-    at_once = max(1, COUNTS_AT_ONCE // clusters)
+    clusters = len(arrays[0])
     parts: list[list[Array]] = [[] for _ in arrays]
+    for counts in _counts(clusters, resamples, seed):
+        for part, array in zip(parts, arrays, strict=True):
+            sums = counts @ array.reshape(clusters, -1)
+            part.append(sums.reshape(len(counts), *array.shape[1:]))
+    return [np.concatenate(part) for part in parts]
+
+
+def _counts(clusters: int, resamples: int, seed: int) -> Iterable[Array]:
+    """How often each resample has each cluster [R, C], in pieces."""
+    if clusters * resamples <= COUNTS_AT_ONCE:
+        return [_few_counts(clusters, resamples, seed)]
+    return _drawn(clusters, resamples, seed)
+
+
+@lru_cache(maxsize=4)
+def _few_counts(clusters: int, resamples: int, seed: int) -> Array:
+    return next(iter(_drawn(clusters, resamples, seed)))
+
+
+def _drawn(clusters: int, resamples: int, seed: int) -> Iterator[Array]:
+    generator = np.random.default_rng(seed)
+    at_once = max(1, COUNTS_AT_ONCE // clusters)
     for start in range(0, resamples, at_once):
         rows = min(at_once, resamples - start)
         drawn = generator.integers(0, clusters, (rows, clusters))
         drawn += np.arange(rows)[:, None] * clusters
-        counts = np.bincount(drawn.ravel(), minlength=rows * clusters).reshape(rows, clusters)
-        for part, array in zip(parts, arrays, strict=True):
-            sums = counts.astype(np.float64) @ array.reshape(clusters, -1)
-            part.append(sums.reshape(rows, *array.shape[1:]))
-    return [np.concatenate(part) for part in parts]
+        counts = np.bincount(drawn.ravel(), minlength=rows * clusters)
+        yield counts.reshape(rows, clusters).astype(np.float64)
 
 
 def _percentiles(found: Array, share: float) -> tuple[Array, Array]:
