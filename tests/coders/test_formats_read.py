@@ -16,7 +16,7 @@ from foreign import (
     write_curt_tigges,
     write_gemma_scope,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsify_vlm.coders import Clt, Latents, load_clt, save_clt
@@ -123,6 +123,27 @@ def test_non_zero_acausal_slots_are_dropped_and_named_by_layer(tmp_path: Path) -
         for _ in stored.decoder_blocks(s, max_bytes=100):
             pass
     assert stored.warnings == lines
+
+
+def test_one_non_zero_acausal_number_is_noticed_unless_only_samples_are_looked_at(
+    tmp_path: Path,
+) -> None:
+    """Rows long enough that their earlier slots are passed over; the number is in no sample."""
+    layers, d, latents, s = 3, 9000, 64, 2
+    for i in range(layers):
+        w_dec = torch.randn(latents, layers, d)
+        w_dec[:, :i] = 0
+        if i == s:
+            w_dec[-1, 1, -1] = 1
+        tensors = {"w_enc": torch.randn(d, latents), "w_dec": w_dec, "b_dec": torch.zeros(d)}
+        tensors |= {"b_enc": torch.zeros(latents), "threshold": torch.ones(latents)}
+        save_file(tensors, tmp_path / f"params_layer_{i}.safetensors")
+    quick, thorough = open_clt(tmp_path), open_clt(tmp_path)
+    for view, check in ((quick, False), (thorough, True)):
+        found = torch.cat([rows.clone() for _, rows in view.decoder_blocks(s, check=check)])
+        assert torch.equal(found, w_dec[:, s:])
+    assert quick.warnings == []
+    assert thorough.warnings == ["layer 2: non-zero writes to earlier layers dropped"]
 
 
 def test_the_affine_skip_survives_saving_in_our_layout(tmp_path: Path) -> None:

@@ -4,13 +4,15 @@
 [F, L, d] with a slot for every layer of the model, `b_dec` [d] and, in the affine ones,
 `affine_skip_connection` [d, d], applied as x @ A to the own layer. The activation is
 relu(pre) · [pre > threshold]. x is the output of `pre_feedforward_layernorm`, y that of
-`post_feedforward_layernorm`. Slots of earlier layers are zeros; what else they hold is dropped, and
-noticed by looking at SAMPLED latents, so that half of the file need not be read. A `config.json`
-beside them, if there is one, names the model and where x is read.
+`post_feedforward_layernorm`. Slots of earlier layers are zeros; what else they hold is dropped. To
+notice it all of them are read, or, where blocks are read unchecked, those of SAMPLED latents, so
+that half of the file need not be read. A `config.json` beside them, if there is one, names the
+model and where x is read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -19,6 +21,7 @@ from sparsify_vlm.coders.config import CltConfig
 from sparsify_vlm.coders.formats.checked import CheckedTensors, read_json
 from sparsify_vlm.coders.formats.on_disk import Assembled, Segment, check_numbers, numbered_files
 from sparsify_vlm.coders.formats.rows import Rows, any_non_zero, read_in_turn, read_rows
+from sparsify_vlm.coders.formats.stored import BLOCK_BYTES
 from sparsify_vlm.errors import UserError
 
 DESCRIPTION = "Gemma Scope 2's params_layer_0.safetensors"
@@ -107,18 +110,23 @@ class Stored(Assembled):
         shape = (self.cfg.num_latents, self.cfg.n_layers, self.cfg.d_model)
         return self._files[s].rows("w_dec", shape)
 
+    def stored_blocks(self, s: int, max_bytes: int, check: bool) -> Iterator[tuple[int, Tensor]]:
+        self._look_at_earlier_slots(s, every=check)
+        yield from super().stored_blocks(s, max_bytes, check)
+
     def arrange(self, s: int, first: int, tables: Tensor) -> Tensor:
-        if first == 0:
-            self._look_at_earlier_slots(s)
         return tables[0, :, -len(self.cfg.targets(s)) :]
 
-    def _look_at_earlier_slots(self, s: int) -> None:
-        """Warn, once, if those of SAMPLED latents, evenly spaced, are not all zeros."""
+    def _look_at_earlier_slots(self, s: int, every: bool) -> None:
+        """Warn, once, if they are not all zeros, of every latent or of SAMPLED, evenly spaced."""
         if s == 0 or s in self._acausal:
             return
-        slots, step = self._slots(s), max(1, self.cfg.num_latents // SAMPLED)
-        pieces = [[slots.part(i, 1)] for i in range(0, slots.count, step)]
-        if any(any_non_zero(row[0, :, :s]) for row in read_in_turn(pieces)):
+        slots = self._slots(s).until(s)
+        step = max(1, slots.count // SAMPLED)
+        pieces: Iterable[Sequence[Rows]] = ([slots.part(i, 1)] for i in range(0, slots.count, step))
+        if every:
+            pieces = Segment([slots]).pieces(BLOCK_BYTES)
+        if any(any_non_zero(rows[0]) for rows in read_in_turn(pieces)):
             self._acausal.add(s)
             self.warnings.append(f"layer {s}: non-zero writes to earlier layers dropped")
 

@@ -75,6 +75,11 @@ class Rows:
         shape = (self.shape[0] - entry, *self.shape[1:])
         return replace(self, offset=self.offset + skipped, shape=shape, gap=self.gap + skipped)
 
+    def until(self, entry: int) -> Rows:
+        """Of each row what comes before this entry of its first axis."""
+        size = entry * self.row_bytes // self.shape[0]
+        return replace(self, shape=(entry, *self.shape[1:]), gap=self.step - size)
+
 
 def stored_rows(path: Path, key: str) -> Rows:
     """Where the rows (first axis) of a tensor lie. Raises `UserError` for unknown dtypes."""
