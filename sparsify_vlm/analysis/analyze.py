@@ -138,6 +138,8 @@ def _ablation(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experimen
         measured.model or measured.clt,
         measured.tokens,
         plt=measured.plt,
+        fit_data=cfg.fit_activations,
+        refit_gib=cfg.refit_gib,
         measured=measured.activity,
         seed=cfg.seed,
         quiet=quiet,
@@ -174,6 +176,7 @@ def _provenance(measured: _Measured, cfg: AnalyzeConfig) -> dict[str, Any]:
         },
         "data": _data(measured, cfg),
         "plt": cfg.plt,
+        "fit_activations": cfg.fit_activations,
         "settings": {"seed": cfg.seed, "bootstrap": cfg.bootstrap, "labels": cfg.labels},
         "versions": {name: version(name) for name in PACKAGES}
         | {"python": platform.python_version()},

@@ -117,6 +117,13 @@ class AnalyzeConfig(ModelConfig, DataConfig):
     plt: str | None = None
     """Per-layer transcoders trained alike, to compare the ablation with."""
 
+    fit_activations: str | None = None
+    """Activation store to refit same-layer decoders on, such as the one the coder was trained on.
+    Default: one half of the measured samples for the other half."""
+
+    refit_gib: float = 4.0
+    """Memory for the refit's sums of one layer; where they need more, it is left out."""
+
     labels: str | None = None
     """JSON file of texts by latent (`{"LAYER_INDEX": "text"}`), shown with the top latents."""
 

@@ -99,6 +99,8 @@ def facts_of(results: Results) -> list[tuple[str, str]]:
     facts.append(("Tokens", tokens_text(data)))
     if p.get("plt"):
         facts.append(("Per-layer transcoder", str(p["plt"])))
+    if p.get("fit_activations"):
+        facts.append(("Decoders refitted on", str(p["fit_activations"])))
     if p.get("versions"):
         facts.append(("Versions", ", ".join(f"{k} {v}" for k, v in p["versions"].items())))
     facts += [("Warning", str(text)) for text in p.get("warnings", [])]
