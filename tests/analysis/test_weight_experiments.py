@@ -10,6 +10,7 @@ import pytest
 import torch
 from made_coders import LATENTS, coder, measured, regauged
 
+from sparsify_vlm.analysis.distance import distance
 from sparsify_vlm.analysis.features import features
 from sparsify_vlm.analysis.weights import weights
 from sparsify_vlm.errors import UserError
@@ -170,6 +171,31 @@ def test_regauging(offset):
     )
     for name in ("mean_norm", "squared_share", "energy_share", "block_share"):
         assert heat[name] == pytest.approx(warm[name], rel=1e-6)
+
+
+HAND_MADE = {
+    "own layer": lambda s, t: float(s == t),
+    "equal mass": lambda s, t: 0.3,
+    "decay": lambda s, t: 2.0 ** (-(t - s) / 3),
+    "planted": lambda s, t: torch.where((LATENT % 9).eq(s), 2.0, 1.0 if s == t else 0.01),
+    "target scale": lambda s, t: SIGMA[t],
+}
+
+
+@pytest.mark.parametrize("norm", HAND_MADE.values(), ids=HAND_MADE)
+def test_regauged_copies_of_the_hand_made_coders(norm):
+    clt = coder(L, norm)
+    other = regauged(clt)
+    for experiment in (weights, features, distance):
+        before, after = (experiment(one, SIGMA, resamples=50) for one in (clt, other))
+        for name, estimate in before.estimates.items():
+            if experiment is features or ".corrected" in name or "per_latent" in name:
+                expected = [v for v in (estimate.value,) if v is not None]
+                found = [v for v in (after.estimates[name].value,) if v is not None]
+                assert found == pytest.approx(expected, rel=1e-6, abs=1e-9), name
+        if experiment is weights:
+            moved = value(after, "mean_norm_same") / value(before, "mean_norm_same")
+            assert abs(moved - 1) > 0.1
 
 
 def test_energy_and_block_shares_by_definition():
