@@ -6,20 +6,23 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from families import shared
+from prompts import one_prompt, random_coder
 from reference_graphs import CASES, inputs, model
 
 from sparsify_vlm.coders import Latents
 from sparsify_vlm.graphs import Difference, attribute
 from sparsify_vlm.graphs.effects import PatchGrid, patch_grid, total_effects
-from sparsify_vlm.replacement import LocalModel
+from sparsify_vlm.replacement import LocalModel, VLMReplacementModel
 from sparsify_vlm.replacement.local import run
 
 
-def by_autograd(case: str, directions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient × input of `directions` [targets, V] of the logits at the last position, with
-    respect to tokens [targets, S] and errors [targets, L·S], features being recomputed."""
-    replaced = model(case)
-    local = LocalModel(replaced, inputs(case))
+def gradient_times_input(
+    replaced: VLMReplacementModel, prompt: dict, directions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `directions` [targets, V] of the logits at the last position, with respect to tokens
+    [targets, S] and errors [targets, L·S], features being recomputed."""
+    local = LocalModel(replaced, prompt)
     clt, zeroed = replaced.clt, local.zeroed
     embeddings = local.embeddings[None].clone().requires_grad_()
     errors = local.errors.clone().requires_grad_()
@@ -38,7 +41,7 @@ def by_autograd(case: str, directions: torch.Tensor) -> tuple[torch.Tensor, torc
         stack.enter_context(torch.enable_grad())
         stack.enter_context(local.freezer.replaying(local.record))
         stack.enter_context(replaced.loaded.stack.replacing(write, replaced.input_site))
-        ids = inputs(case)["input_ids"]
+        ids = prompt["input_ids"]
         out = run(replaced.loaded, {"input_ids": ids, "inputs_embeds": embeddings})
     torch.testing.assert_close(out.logits[0], local.logits, rtol=0, atol=1e-4)
     of_tokens, of_errors = [], []
@@ -55,10 +58,34 @@ def test_autograd_through_recomputed_features(case):
     graph = attribute(model(case), inputs(case))
     vocabulary = len(graph.logits)
     directions = torch.eye(vocabulary)[graph.logit_token_ids] - 1 / vocabulary
-    tokens, errors = by_autograd(case, directions)
+    tokens, errors = gradient_times_input(model(case), inputs(case), directions)
     found = total_effects(graph).float()
     torch.testing.assert_close(found[:, graph.token_nodes], tokens, rtol=0, atol=1e-4)
     torch.testing.assert_close(found[:, graph.errors], errors, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "exact"),
+    [
+        ({}, True),
+        ({"post_encoder_scale": True}, True),
+        ({"train_post_encoder": True}, False),
+        ({"skip_connection": True}, True),
+    ],
+)
+def test_effects_of_errors_by_autograd_for_variants_of_coders(options, exact):
+    """Only a post-encoder bias makes total effects an approximation, as documented."""
+    loaded = shared("llama")
+    replaced = VLMReplacementModel(loaded, random_coder(loaded, activation="relu", **options))
+    prompt = one_prompt(loaded)
+    graph = attribute(replaced, prompt)
+    vocabulary = len(graph.logits)
+    directions = torch.eye(vocabulary)[graph.logit_token_ids] - 1 / vocabulary
+    tokens, errors = gradient_times_input(replaced, prompt, directions)
+    effects = total_effects(graph).float()
+    found = torch.cat([effects[:, graph.token_nodes], effects[:, graph.errors]], 1)
+    expected = torch.cat([tokens, errors], 1)
+    assert bool((found - expected).abs().max() < 1e-4 * expected.abs().max()) == exact
 
 
 def test_sums_over_paths_in_a_loop():
