@@ -24,6 +24,7 @@ from sparsify_vlm.analysis.decoders import Decoders, read_decoders
 from sparsify_vlm.analysis.distance import distance
 from sparsify_vlm.analysis.features import features
 from sparsify_vlm.analysis.results import Results
+from sparsify_vlm.analysis.role_contrasts import ablation_with_roles, with_roles
 from sparsify_vlm.analysis.tables import Experiment
 from sparsify_vlm.analysis.tokens import ModelTokens, Tokens, token_batches
 from sparsify_vlm.analysis.weights import weights
@@ -105,9 +106,16 @@ def watched(tokens: Tokens, progress: Progress) -> Any:
 
 
 def _weights(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experiment:
-    return weights(
+    found = weights(
         measured.decoders, activity=measured.activity, seed=cfg.seed, resamples=cfg.bootstrap
     )
+    return _by_role(found, measured, cfg)
+
+
+def _by_role(found: Experiment, measured: _Measured, cfg: AnalyzeConfig) -> Experiment:
+    if measured.activity is None:
+        return found
+    return with_roles(found, measured.decoders, measured.activity, cfg.seed, cfg.bootstrap)
 
 
 def _distance(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experiment:
@@ -125,6 +133,7 @@ def _features(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experimen
         seed=cfg.seed,
         resamples=cfg.bootstrap,
     )
+    found = _by_role(found, measured, cfg)
     model, tokens, active = measured.model, measured.tokens, measured.activity
     if not cfg.causal or model is None or active is None or not isinstance(tokens, ModelTokens):
         return found
@@ -134,7 +143,8 @@ def _features(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experimen
 def _ablation(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experiment:
     assert measured.clt is not None
     assert measured.tokens is not None
-    return ablation(
+    assert measured.activity is not None
+    found = ablation(
         measured.model or measured.clt,
         measured.tokens,
         plt=measured.plt,
@@ -144,6 +154,7 @@ def _ablation(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experimen
         seed=cfg.seed,
         quiet=quiet,
     )
+    return ablation_with_roles(found, measured.activity, cfg.seed)
 
 
 EXPERIMENTS: dict[str, Callable[[_Measured, AnalyzeConfig, bool], Experiment]] = {

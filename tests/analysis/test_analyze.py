@@ -12,6 +12,7 @@ import torch
 
 import sparsify_vlm
 from sparsify_vlm.analysis.config import AnalyzeConfig, chosen, read_labels
+from sparsify_vlm.analysis.contrasts import minus
 from sparsify_vlm.analysis.results import Results
 from sparsify_vlm.cli import main
 from sparsify_vlm.coders import Clt, CltConfig, load_clt, save_clt
@@ -92,6 +93,27 @@ def test_everything_lands_in_the_folder(shelf: Path) -> None:
     text = (folder / "report.md").read_text()
     assert "## Experiment 2: ablation" in text
     assert "per-layer transcoder" in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("energy_share_same", "block_share_same", "mean_reach", "mean_effective_targets"),
+        *("mean_cross_score", "fvu_difference.same_only", "fvu_difference.plt"),
+    ],
+)
+def test_roles_are_held_against_each_other_in_pairs(name: str, shelf: Path) -> None:
+    """The difference is that of the two estimates; its interval is not wider than if the same
+    layers or samples had been drawn apart."""
+    results = Results.load(shelf / "analysis")
+    image, text, paired = (results.estimate(f"{name}.{r}") for r in ("image", "text", "image-text"))
+    apart = minus(image, text)
+    assert paired is not None
+    assert paired.value == pytest.approx(apart.value, rel=1e-6, abs=1e-12)
+    ends = [(e.low, e.high) for e in (paired, apart)]
+    width = [high - low for low, high in ends if low is not None and high is not None]
+    assert 0 < width[0] < 1.1 * width[1]
+    assert results.estimate(f"{name}.image-text_only") is None  # no such tokens here
 
 
 def test_weights_alone_have_the_decay_they_were_made_with(shelf: Path, tmp_path: Path) -> None:
