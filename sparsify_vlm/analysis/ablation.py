@@ -42,7 +42,7 @@ from sparsify_vlm.analysis.reconstruction import ReconstructionSums, reconstruct
 from sparsify_vlm.analysis.refit import refit, refit_bytes
 from sparsify_vlm.analysis.spliced import SplicedSums, spliced
 from sparsify_vlm.analysis.tables import Experiment
-from sparsify_vlm.analysis.tokens import ModelTokens, Tokens, token_batches
+from sparsify_vlm.analysis.tokens import ModelTokens, Tokens, Watched, token_batches
 from sparsify_vlm.coders import Clt, load_clt
 from sparsify_vlm.data import ActivationStore, DataConfig
 from sparsify_vlm.errors import UserError
@@ -112,38 +112,39 @@ def ablation(
     tokens = _tokens(data, coder, batch_size, max_samples)
     fitted_on = None if fit_data is None else _tokens(fit_data, coder, batch_size, None)
     per_layer = None if plt is None else _fitting_plt(plt, coder)
-    measured = measured or activity(clt, tokens)
-    refitting = _whether_to_refit(clt, refitting, refit_gib * GIB)
+    measured = measured or activity(clt, Watched(tokens, "Activity", quiet))
     notes = _notes(clt, tokens, measured)
     deletions = _deletions(clt, measured, draws, seed)
     arms = _own_arms(clt, measured, deletions, reaches(clt.cfg) if reach is None else reach)
     if per_layer is not None:
         arms.append(kept_arm("plt", per_layer, lambda distance: True))
-    if refitting:
-        arms += _refitted_arms(
-            clt, tokens, fitted_on, measured, ridge, refit_gib * GIB, seed, notes
-        )
+    if _whether_to_refit(clt, refitting, refit_gib * GIB):
+        seen = Watched(fitted_on or tokens, "Refitting", quiet)
+        halved = fitted_on is None
+        arms += _refitted_arms(clt, seen, halved, measured, ridge, refit_gib * GIB, seed, notes)
     else:
         notes.append(_no_refit_note(clt))
     mean_y = measured.mean_y["all"].to(clt.device, clt.dtype)
     arms += [constant_arm("mean", mean_y), constant_arm("zero", torch.zeros_like(mean_y))]
-    found = reconstruction(clt.cfg, arms, tokens, measured.mean_y, measured.sigma_by_role)
-    notes += _deletion_notes(deletions, found)
-    intervals = fvu_intervals(found, seed)
-    intervals |= refit_recovers(found, seed)
-    tables = {"fvu_comparison": fvu_table(found, seed)}
+    seen = Watched(tokens, "Reconstructing", quiet)
+    found = reconstruction(clt.cfg, arms, seen, measured.mean_y, measured.sigma_by_role)
     losses = None
-    if isinstance(tokens, ModelTokens) and model is not None:
-        one = _firsts([arm for arm in arms if arm.name in ONE_LAYER_ARMS])
+    if model is not None and isinstance(tokens, ModelTokens):
+        one = _firsts([arm for arm in arms if arm.name in ONE_LAYER_ARMS and one_layer_samples])
         some = tokens if spliced_samples is None else tokens.with_logits(spliced_samples)
-        losses = spliced(
-            model, arms, one if one_layer_samples else [], some, one_layer_samples, quiet
-        )
-        notes += _splice_notes(losses)
+        losses = spliced(model, arms, one, some, one_layer_samples, quiet)
+    notes += [*_deletion_notes(deletions, found), *_splice_notes(losses)]
+    return _outcome(found, losses, notes, seed)
+
+
+def _outcome(
+    found: ReconstructionSums, losses: SplicedSums | None, notes: Sequence[str], seed: int
+) -> Ablated:
+    intervals = fvu_intervals(found, seed) | refit_recovers(found, seed)
+    tables = {"fvu_comparison": fvu_table(found, seed)}
+    if losses is not None:
         intervals |= loss_intervals(losses, seed)
         tables["delta_loss"] = loss_table(losses, seed)
-    else:
-        notes.append("There is no model: predictions with spliced MLPs were not measured.")
     return Ablated(
         "ablation",
         {name: interval.estimate() for name, interval in intervals.items()},
@@ -213,7 +214,7 @@ def _deletions(clt: Clt, measured: Activity, draws: int, seed: int) -> list[Dele
 def _refitted_arms(
     clt: Clt,
     tokens: Tokens,
-    fitted_on: Tokens | None,
+    halved: bool,
     measured: Activity,
     ridge: Sequence[float],
     limit: float,
@@ -224,17 +225,17 @@ def _refitted_arms(
     random = random_coder(clt, measured.mean_x, min(k, clt.cfg.num_latents), seed)
     own, drawn = refit(
         [clt, random],
-        fitted_on or tokens,
+        tokens,
         measured.mean_y["all"],
         ridge,
         limit,
-        halved=fitted_on is None,
+        halved=halved,
     )
     where = (
         f"one half of the samples and measured on the other, both ways ({own[0].tokens} and "
         f"{own[1].tokens} tokens"
-        if fitted_on is None
-        else f"{fitted_on.name} ({own[0].tokens} tokens"
+        if halved
+        else f"{tokens.name} ({own[0].tokens} tokens"
     )
     notes.append(
         f"refit and random_init are fitted on {where}, ridge {min(own[0].ridge):g} to "
@@ -318,7 +319,10 @@ def _deletion_notes(deletions: Sequence[Deletion], found: ReconstructionSums) ->
     return notes
 
 
-def _splice_notes(losses: SplicedSums) -> list[str]:
+def _splice_notes(losses: SplicedSums | None) -> list[str]:
+    if losses is None:
+        return ["There is no model: predictions with spliced MLPs were not measured."]
+
     def scored(sums: Any) -> int:
         return int(sums[..., 0].sum())
 

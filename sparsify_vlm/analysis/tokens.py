@@ -32,6 +32,7 @@ from sparsify_vlm.data import (
 from sparsify_vlm.data.store import StoreBatch
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.models import Role, record_tokens
+from sparsify_vlm.progress import Progress
 from sparsify_vlm.replacement import ExcludedTokens, VLMReplacementModel
 from sparsify_vlm.replacement.evaluate import check_finite, held_out, with_masks
 
@@ -120,6 +121,20 @@ class Tokens(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[TokenBatch]: ...
+
+
+class Watched(Tokens):
+    """The same tokens, with progress shown while they are used."""
+
+    def __init__(self, tokens: Tokens, label: str, quiet: bool = False) -> None:
+        self.tokens, self.label, self.quiet = tokens, label, quiet
+        self.name, self.model, self.size = tokens.name, tokens.model, tokens.size
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        with Progress(self.label, self.size, unit="samples", quiet=self.quiet) as progress:
+            for batch in self.tokens:
+                yield batch
+                progress.update(len(batch.rows))
 
 
 def token_batches(

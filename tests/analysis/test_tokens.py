@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,6 +112,36 @@ def test_fewer_samples(model: VLMReplacementModel, stored: Path) -> None:
         rows = torch.cat([batch.rows for batch in source])
         assert rows.tolist() == list(range(6))
         assert source.size == 6
+
+
+def test_a_store_that_does_not_know_its_samples_has_blocks(
+    model: VLMReplacementModel, stored: Path
+) -> None:
+    class Imported(ActivationStore):
+        def rows(self, rows: Any) -> Any:
+            found = super().rows(rows)
+            found.sample[:] = -1
+            return found
+
+    known, found = (
+        list(token_batches(kind(stored), model.clt)) for kind in (ActivationStore, Imported)
+    )
+    rows = torch.cat([batch.rows for batch in found])
+    assert rows.tolist() == list(range(-(-len(ActivationStore(stored)) // 256)))
+    x = [torch.cat([batch.x for batch in part], 1) for part in (known, found)]
+    assert torch.equal(*x)
+    tokens = sum(batch.members.sum(1) for batch in found)
+    assert isinstance(tokens, torch.Tensor)
+    assert tokens[ROLES.index("image")] == 36 * N
+    assert tokens[ROLES.index("text")] == tokens[ROLES.index("text_only")] == 0
+
+
+def test_a_store_without_a_layer_that_is_written(model: VLMReplacementModel, stored: Path) -> None:
+    store = ActivationStore(stored)
+    store.manifest["y_layers"] = list(range(1, 8))
+    with pytest.raises(UserError, match=r"does not hold y of .*layers\.0\.mlp"):
+        token_batches(store, model.clt)
+    token_batches(store, coder_for("tiny-llava", target_offset=1).clt)
 
 
 def test_text_of_a_text_model_is_text_only() -> None:
