@@ -68,7 +68,9 @@ def _fitted(
     there = np.isfinite(means)
     total = np.where(there, means, 0)
     spread = intervals(lambda t, n: _values(fit(curve, x, t / n), x), total, there, **options)
-    return _row(curve, x, scope, len(means), spread, total.sum(0) / there.sum(0))
+    with np.errstate(invalid="ignore"):  # a distance that only dead layers have
+        mean = total.sum(0) / there.sum(0)
+    return _row(curve, x, scope, len(means), spread, mean)
 
 
 def fits_of_means(x: Array, y: Array) -> list[dict[str, Any]]:

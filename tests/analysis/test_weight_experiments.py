@@ -8,10 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from made_coders import LATENTS, coder, measured, regauged
+from made_coders import D_MODEL, LATENTS, coder, measured, regauged
 
+from sparsify_vlm.analysis.activity import activity
 from sparsify_vlm.analysis.distance import distance
 from sparsify_vlm.analysis.features import features
+from sparsify_vlm.analysis.tokens import GROUPS, TokenBatch
 from sparsify_vlm.analysis.weights import weights
 from sparsify_vlm.errors import UserError
 
@@ -143,11 +145,11 @@ def test_histograms_count_every_latent():
 def test_regauging(offset):
     clt = coder(L, uneven, target_offset=offset)
     other = regauged(clt)
-    activity = measured(clt)
+    data = measured(clt)
     again = measured(other)
     with_data = {
-        "weights": (weights(clt, activity=activity), weights(other, activity=again)),
-        "features": (features(clt, activity=activity), features(other, activity=again)),
+        "weights": (weights(clt, activity=data), weights(other, activity=again)),
+        "features": (features(clt, activity=data), features(other, activity=again)),
     }
     for before, after in with_data.values():
         moved = {
@@ -200,20 +202,20 @@ def test_regauged_copies_of_the_hand_made_coders(norm):
 
 def test_energy_and_block_shares_by_definition():
     clt = coder(L, uneven)
-    activity = measured(clt)
-    w = weights(clt, activity=activity)
+    data = measured(clt)
+    w = weights(clt, activity=data)
     for role, name in (("all", ""), ("image", ".image"), ("text", ".text")):
         own = total = 0.0
         for s in range(L):
             for k, t in enumerate(clt.cfg.targets(s)):
                 squares = (clt.W_dec[s][k].detach() ** 2).sum(1)
-                energy = float((activity.energy[role][s] * squares).sum() / activity.sigma[t] ** 2)
+                energy = float((data.energy[role][s] * squares).sum() / data.sigma[t] ** 2)
                 total += energy
                 own += energy * (k == 0)
         assert value(w, f"energy_share_same{name}") == pytest.approx(own / total)
-        diagonal = activity.block_share[role].diagonal()
+        diagonal = data.block_share[role].diagonal()
         assert value(w, f"block_share_same{name}") == pytest.approx(float(diagonal.mean()))
-        f = features(clt, activity=activity)
+        f = features(clt, activity=data)
         weighting = "energy" if role == "all" else role
         assert value(f, f"mean_cross_score.{weighting}") == pytest.approx(1 - own / total)
     assert "energy_share_same.text_only" not in w.estimates  # no such tokens
@@ -224,6 +226,35 @@ def test_energy_and_block_shares_by_definition():
     assert sum(into_last) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@torch.no_grad()
+def test_with_activity_measured_on_tokens(offset):
+    """Of one image and one text-only sample: energy shares by role, from the tokens themselves."""
+    clt = coder(L, uneven, target_offset=offset)
+    group = torch.tensor([GROUPS.index("image")] * 5 + [GROUPS.index("text_only")] * 4)
+    x = torch.randn(L, 9, D_MODEL, dtype=torch.float64)
+    y = 1 + torch.randn(L, 9, D_MODEL, dtype=torch.float64)
+    sample = torch.tensor([0] * 5 + [1] * 4)
+    batch = TokenBatch(x, y, group.to(torch.uint8), sample, torch.arange(2))
+    on_tokens = activity(clt, [batch])
+    sigma2 = (y - y.mean(1, keepdim=True)).square().sum(2).mean(1)
+    for role, rows in (("", slice(None)), (".image", slice(0, 5)), (".text_only", slice(5, 9))):
+        own = total = 0.0
+        for s in clt.cfg.source_layers():
+            active = torch.relu(x[s, rows] @ clt.W_enc[s].T + clt.b_enc[s])
+            for k, t in enumerate(clt.cfg.targets(s)):
+                written = active[:, :, None] * clt.W_dec[s][k]  # [tokens, F, d]
+                energy = float(written.square().sum() / len(active) / sigma2[t])
+                total += energy
+                own += energy * (k == 0)
+        found = weights(clt, activity=on_tokens, resamples=50)
+        assert value(found, f"energy_share_same{role}") == pytest.approx(own / total)
+        assert f"block_share_same{role}" in found.estimates
+    assert "energy_share_same.text" not in found.estimates
+    assert value(features(clt, activity=on_tokens), "mean_cross_score.image") is not None
+    assert distance(clt, activity=on_tokens, resamples=50).estimates["half_life.corrected.energy"]
+
+
 def test_the_dead_are_left_out_and_counted():
     """Half of the latents write to their own layer only and never fire: they do not count."""
 
@@ -231,11 +262,11 @@ def test_the_dead_are_left_out_and_counted():
         return torch.where(LATENT % 2 == 0, 1.0, float(s == t))
 
     clt = coder(L, norm)
-    activity = measured(clt)
-    for role in activity.energy:
-        activity.energy[role][:, 1::2] = 0
-        activity.frequency[role][:, 1::2] = 0
-    ones = replace(activity, sigma=torch.ones(L))
+    data = measured(clt)
+    for role in data.energy:
+        data.energy[role][:, 1::2] = 0
+        data.frequency[role][:, 1::2] = 0
+    ones = replace(data, sigma=torch.ones(L))
     w, f = weights(clt, activity=ones), features(clt, activity=ones)
     assert value(w, "dead_share") == value(f, "dead_share") == 0.5
     assert value(w, "same_layer_share_squared_norm") == pytest.approx(2 / (L + 1))
