@@ -192,7 +192,7 @@ def test_numbers_as_text() -> None:
     assert [number(v) for v in (0.344, 0.0, 12.345, 0.00051, 123456.0, None)] == [
         *("0.344", "0.000", "12.35", "0.00051", "1.23e+05", "undefined")
     ]
-    assert interval(Estimate(0.15, 0.1, 0.2), percent) == "15.0 % [10.0 %, 20.0 %]"
+    assert interval(Estimate(0.15, 0.1, 0.2), percent) == "15.0 % [10.0, 20.0]"
     assert interval(Estimate(0.15), percent) == "15.0 %"
     assert in_points(Estimate(-0.15, -0.2, -0.1)) == "-15.0 [-20.0, -10.0] points"
     assert in_points(None) == "undefined"

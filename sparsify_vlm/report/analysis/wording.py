@@ -54,12 +54,13 @@ def number(value: float | None) -> str:
 
 
 def interval(estimate: Estimate | None, form: Callable[[float | None], str] = number) -> str:
-    """`0.412 [0.401, 0.423]`, or the value alone where there is no interval."""
+    """`0.412 [0.401, 0.423]`, `41.2 % [40.1, 42.3]`; the value alone where there is no interval."""
     if estimate is None or estimate.value is None:
         return UNDEFINED
     if estimate.low is None or estimate.high is None:
         return form(estimate.value)
-    return f"{form(estimate.value)} [{form(estimate.low)}, {form(estimate.high)}]"
+    end = points if form is percent else form
+    return f"{form(estimate.value)} [{end(estimate.low)}, {end(estimate.high)}]"
 
 
 def in_points(difference: Estimate | None) -> str:
