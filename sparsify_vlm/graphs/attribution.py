@@ -44,6 +44,9 @@ ROUND = 256
 TOGETHER = 4096
 """Targets times positions that go backwards together: enough for matrix products to be quick."""
 
+BATCH = 256
+"""Targets that go backwards together, at most."""
+
 BYTES, EDGE_BYTES = 4, 20
 """Of a number, and of an edge while the graph is made; half of all possible edges are there."""
 
@@ -147,7 +150,7 @@ def _batch_size(local: LocalModel, columns: Columns, most: int) -> int:
     """As many targets as fit into `most` bytes: gradients with what products make of them, and
     rows."""
     each = BYTES * (6 * local.n_positions * local.stack.d_model + 4 * columns.n)
-    return max(1, most // each)
+    return max(1, min(BATCH, most // each))
 
 
 class _Tracer:
@@ -165,7 +168,8 @@ class _Tracer:
 
     def everything(self, found: Targets) -> tuple[Tensor, Edges]:
         """All active features as nodes."""
-        n, edges = self.columns.n_features, EdgeList(self.columns.n + len(found.weights))
+        n, N = self.columns.n_features, self.columns.n + len(found.weights)
+        edges = EdgeList(N, (n + len(found.weights)) * self.columns.n)
         features = torch.arange(n)
         for first, reads in ((0, self._feature_reads(features)), (self.columns.n, found.reads)):
             for places, rows in self._made(reads):
@@ -224,7 +228,7 @@ def _selected(held: HeldRows, columns: Columns, n_targets: int) -> tuple[Tensor,
     kept = node[held.held] >= 0
     targets = torch.where(held.nodes >= 0, node[held.nodes.clamp(min=0)], 0)
     targets[held.nodes < 0] = torch.arange(N - n_targets, N)
-    edges = EdgeList(N)
+    edges = EdgeList(N, len(targets) * N)
     edges.add(targets, held.rows[:, kept], node[held.held[kept]])
     return selected, edges.joined()
 

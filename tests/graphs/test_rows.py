@@ -56,7 +56,7 @@ def test_vectors_in_tables_are_what_features_write():
 def test_edges_are_listed_by_target_and_source():
     dense = torch.randn(9, 6, generator=torch.Generator().manual_seed(0)).relu()
     dense[4] = 0
-    listed = EdgeList(9)
+    listed = EdgeList(9, 36)
     for targets in ([7, 2], [4], [0, 8, 1, 3], [6, 5]):
         listed.add(torch.tensor(targets), dense[targets][:, 1:5], torch.tensor([2, 3, 5, 8]))
     edges = listed.joined()
