@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsify_vlm.cli import main
-from sparsify_vlm.coders import Clt, CltConfig, export_clt, load_clt, save_clt
+from sparsify_vlm.coders import Clt, CltConfig, export_clt, load_clt, open_clt, save_clt
 from sparsify_vlm.errors import UserError
 
 LAYERS, D, F, T = 11, 6, 20, 9
@@ -68,6 +68,7 @@ VARIANTS = {
     "tied to sources": {"activation": "relu", "per_source_tied": True},
     "tied to targets": {"activation": "relu", "coalesce_topk": "concat"},
     "with the targets": {"activation": "relu", "coalesce_topk": "per-layer"},
+    "scaled": {"activation": "relu", "post_encoder_scale": True},
     "two decoders": {"activation": "relu", "secondary_target_tied": True},
 }
 
@@ -78,7 +79,7 @@ VARIANTS = {
 def test_the_files_compute_what_the_coder_does(tmp_path: Path, format, variant: str) -> None:
     clt, x = coder(**VARIANTS[variant]), torch.randn(LAYERS, T, D)
     save_clt(clt, tmp_path / "ours")
-    for place, source in {"file": load_clt(tmp_path / "ours"), "memory": clt}.items():
+    for place, source in {"file": open_clt(tmp_path / "ours"), "memory": clt}.items():
         folder = export_clt(source, format, tmp_path / place)
         assert same(COMPUTE[format](folder, x), outputs(clt, x))
         back = load_clt(folder)

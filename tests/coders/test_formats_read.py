@@ -30,6 +30,7 @@ CASES = {
     "clt-forge": ("clt-forge", write_clt_forge, {}),
     "clt-forge unscaled": ("clt-forge", write_clt_forge, {"scaled": False}),
     "clt-forge in parts": ("clt-forge", write_clt_forge, {"parts": 4}),
+    "clt-forge in many parts": ("clt-forge", write_clt_forge, {"parts": F}),
     "clt-forge own layer": ("clt-forge", write_clt_forge, {"crossing": False, "parts": 2}),
     "curt-tigges": ("curt-tigges", write_curt_tigges, {}),
     "curt-tigges raw": ("curt-tigges", write_curt_tigges, {"normalised": False}),
