@@ -15,6 +15,7 @@ from sparsify_vlm.analysis.deletion import random_deletion, write_energies
 from sparsify_vlm.analysis.tokens import ROLES
 from sparsify_vlm.coders import Clt
 from sparsify_vlm.errors import UserError
+from sparsify_vlm.replacement.measures import LayerSums
 
 Writes = dict[tuple[int, int], np.ndarray]
 
@@ -299,3 +300,38 @@ def test_layers_fitted_in_several_passes_are_the_same() -> None:
     at_once = ablation(clt, tokens, draws=0)
     one_by_one = ablation(clt, tokens, draws=0, refit_gib=1.5 * 16 * F * (F + D) / 2**30)
     assert at_once.tables == one_by_one.tables
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"activation": "jumprelu", "skip_connection": True},
+    {"activation": "batchtopk", "target_offset": 1},
+    {"coalesce_topk": "per-layer", "topk_coalesced": True},
+    {"normalize_io": True, "train_post_encoder": True, "skip_connection": True},
+    {"post_encoder_scale": True, "per_source_tied": True, "divide_cross_layer": True},
+    {"activation": "relu", "secondary_target_tied": True},
+    {"n_targets": 1, "transcode": False, "input_site": "mlp_out"},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_every_kind_of_coder_as_evaluate_measures_it(variant: dict[str, Any]) -> None:
+    clt, tokens = random_clt(**variant), MadeUp()
+    for threshold in clt.threshold:
+        threshold.clamp_(min=0.05)
+    if not clt.cfg.transcode:
+        tokens.x = tokens.y
+    found = ablation(clt, tokens, draws=1, ridge=[1e-2, 1e9])
+    sums = LayerSums(clt)
+    for batch in tokens:
+        sums.add(batch.x, batch.y, batch.group)
+    near = clt.cfg.target_offset
+    for arm, name in (("full", "full"), ("same_only", "same_layer_only")):
+        values = sums.fvu(name)[0, near:].tolist()
+        assert fvu_by(found, arm, "all") == pytest.approx(values, rel=1e-5)
+    # A penalty without end leaves own decoders as they are, but for their bias, and but for what
+    # the other sources' competition and biases of latents do to them.
+    still = fvu_by(ablation(clt, tokens, draws=0, ridge=[1e9]), "refit", "all")
+    if not (clt.cfg.topk_coalesced or clt.cfg.train_post_encoder):
+        assert np.mean(still) <= np.mean(fvu_by(found, "same_only", "all")) * 1.02
+    chosen = np.array(fvu_by(found, "refit", "all"))
+    assert (chosen <= np.array(still) * (1 + 1e-6)).all()
