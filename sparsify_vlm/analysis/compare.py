@@ -212,7 +212,8 @@ def _notes(text: Sequence[Results], vlm: Sequence[Results]) -> list[str]:
     if min(len(text), len(vlm)) == 1:
         notes.append(
             "One training seed on a side: intervals are over samples or source layers of these "
-            "very coders. Another seed may differ by more; give several with --text and --vlm."
+            "very coders, those over layers are wide as the layers of two models are taken as "
+            "unrelated. Another seed may differ by more; give several with --text and --vlm."
         )
     if not any((one.provenance.get("data") or {}).get("tokens", {}).get("image") for one in vlm):
         notes.append("No image token was read on the vision-language side.")

@@ -157,6 +157,16 @@ def test_a_refit_worse_than_the_cut_says_nothing() -> None:
     assert "(80.0 % of the rise taken away)" in sentences.refitted(UP, Estimate(0.8))
 
 
+def test_a_refit_is_not_compared_where_it_failed() -> None:
+    cut, refit = Estimate(0.4, 0.3, 0.5), Estimate(0.6, 0.5, 0.7)
+    text = sentences.worse_than_the_cut(cut, refit, " on image tokens")
+    assert "worse on image tokens than the cut" in text
+    assert "60.0 [50.0, 70.0] points, by the cut 40.0" in text
+    assert sentences.worse_than_the_cut(refit, cut) == ""
+    assert sentences.worse_than_the_cut(None, cut) == ""
+    assert sentences.worse_than_the_cut(cut, Estimate(None)) == ""
+
+
 @pytest.mark.parametrize(
     ("plain", "corrected", "words"),
     [

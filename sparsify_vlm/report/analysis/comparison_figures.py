@@ -201,7 +201,9 @@ def roles(comparison: Comparison) -> Figure | None:
             row = {"value": e.value, "low": e.low, "high": e.high}
             colour = style.COLOURS_OF_ROLES[role]
             style.whiskers(axes, [place], [row], "value", fmt="s", ms=6, color=colour)
-        text = comparison.contrasts.get(name)
+        # Roles weigh latents by what they write, so beside them the text model's are as well.
+        alike = f"{name}.energy" if name.startswith("mean_") else name
+        text = comparison.contrasts.get(alike)
         if text is not None and text.text.value is not None:
             axes.axhline(text.text.value, color=COLOURS["text"], ls=":", lw=1.4, label="text model")
             axes.legend(frameon=False, fontsize=8)

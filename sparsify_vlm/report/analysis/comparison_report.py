@@ -56,6 +56,7 @@ HEADLINES: dict[str, tuple[str, Form]] = {
     "delta_ce_difference.same_only": ("The cross-entropy added by zeroing them (nats)", number),
     "kl.full": ("The KL of the model with the full CLT (nats)", number),
 }
+CUT, REFIT = "fvu_difference.same_only", "fvu_difference.refit"
 BY_ROLE_WORDS = {
     "block_share_same": "The own layer's block share",
     "energy_share_same": "The own layer's share of contribution energy",
@@ -149,23 +150,41 @@ def _facts(found: Comparison) -> list[tuple[str, str]]:
 
 def conclusions(found: Comparison) -> list[str]:
     """A sentence per quantity, between the models and then between roles within the second."""
-    between = []
-    for name, (label, form) in HEADLINES.items():
-        if one := found.contrasts.get(name):
-            size = in_points(one.difference) if form is percent else interval(one.difference, form)
-            levels = interval(one.text, form), interval(one.vlm, form)
-            between.append(sentences.models_differ(label, *levels, one.difference, size))
-    within = []
-    for name, by_role in found.roles.items():
-        if name not in BY_ROLE_WORDS:
-            continue
-        what = f"{BY_ROLE_WORDS[name]} in the vision-language model"
-        shares = "share" in name or name.startswith("fvu")
-        for other in ("text", "text_only"):
-            if (difference := by_role.get(f"image-{other}")) is not None:
-                names = style.ROLE_NAMES["image"], style.ROLE_NAMES[other]
-                within.append(sentences.roles_differ(what, *names, difference, shares))
+    between = [_between(found, name) for name in HEADLINES if name in found.contrasts]
+    within = [
+        _within(found, name, other)
+        for name in BY_ROLE_WORDS
+        for other in ("text", "text_only")
+        if f"image-{other}" in found.roles.get(name, {})
+    ]
     return [sentence for sentence in (*between, *within) if sentence]
+
+
+def _between(found: Comparison, name: str) -> str:
+    label, form = HEADLINES[name]
+    one = found.contrasts[name]
+    cut = found.contrasts.get(CUT)
+    if name == REFIT and cut is not None:
+        for side in ("text", "vlm"):
+            if worse := sentences.worse_than_the_cut(getattr(cut, side), getattr(one, side)):
+                return worse
+    size = in_points(one.difference) if form is percent else interval(one.difference, form)
+    levels = interval(one.text, form), interval(one.vlm, form)
+    return sentences.models_differ(label, *levels, one.difference, size)
+
+
+def _within(found: Comparison, name: str, other: str) -> str:
+    by_role, cut = found.roles[name], found.roles.get(CUT, {})
+    if name == REFIT:
+        for role in ("image", other):
+            where = f" on {style.ROLE_NAMES[role]} of the vision-language model"
+            text = sentences.worse_than_the_cut(cut.get(role), by_role.get(role), where)
+            if text:
+                return text if other == "text" else ""
+    what = f"{BY_ROLE_WORDS[name]} in the vision-language model"
+    names = style.ROLE_NAMES["image"], style.ROLE_NAMES[other]
+    shares = "share" in name or name.startswith("fvu")
+    return sentences.roles_differ(what, *names, by_role[f"image-{other}"], shares)
 
 
 def _headlines(found: Comparison) -> Rows:

@@ -209,14 +209,15 @@ def _causal(axes: Any, rows: list[dict[str, Any]]) -> None:
         scores = [row["score"] for row in own]
         how = {"fmt": mark, "ms": 4.5, "color": colour, "label": f"{chosen} latents"}
         style.whiskers(axes, scores, own, "ratio", **how)
-    for row in [row for row in rows if row["chosen"] == "top"][:12]:
+    top = [row for row in rows if row["chosen"] == "top"]
+    for row in sorted(top, key=lambda row: -row["ratio"])[:4]:
         name, place = f"{row['source']}/{row['latent']}", (row["score"], row["ratio"])
         axes.annotate(name, place, (4, 3), textcoords="offset points", fontsize=7.5)
     what = "KL without cross writes / KL without any"
     finish(axes, "what the model loses (layer/latent)", "cross-layer score", what)
     axes.set_xlim(-0.02, 1.02)
-    axes.set_ylim(bottom=-0.02)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylim(-0.02, 1.15 * max(1.0, *(row["ratio"] for row in rows)))  # intervals may leave
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
 FIGURES: dict[str, Callable[[Results], Figure | None]] = {

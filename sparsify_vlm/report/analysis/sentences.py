@@ -112,6 +112,19 @@ def refitted(difference: Estimate | None, recovers: Estimate | None = None) -> s
     }[verdict(difference)]
 
 
+def worse_than_the_cut(cut: Estimate | None, refit: Estimate | None, where: str = "") -> str:
+    """Said where a refit adds more FVU than the cut alone, so that it cannot be compared; else ""."""
+    if cut is None or refit is None or cut.value is None or refit.value is None:
+        return ""
+    if refit.value <= cut.value:
+        return ""
+    return (
+        f"Refitted same-layer decoders are worse{where} than the cut alone (added FVU "
+        f"{in_points(refit)}, by the cut {in_points(cut)}): there were too few tokens to fit them, "
+        "so they are not compared."
+    )
+
+
 def beside_random(difference: Estimate | None) -> str:
     """Cross writes zeroed, less the deletion of as much energy at random."""
     size = in_points(difference)
