@@ -113,7 +113,7 @@ def refitted(difference: Estimate | None, recovers: Estimate | None = None) -> s
 
 
 def worse_than_the_cut(cut: Estimate | None, refit: Estimate | None, where: str = "") -> str:
-    """Said where a refit adds more FVU than the cut alone, so that it cannot be compared; else ""."""
+    """Said where a refit adds more FVU than the cut alone and cannot be compared; else ""."""
     if cut is None or refit is None or cut.value is None or refit.value is None:
         return ""
     if refit.value <= cut.value:
