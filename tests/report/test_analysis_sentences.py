@@ -76,7 +76,7 @@ RULES: Mapping[str, tuple[Callable[[Estimate], str], float, Mapping[str, str]]] 
     "refitted": (
         sentences.refitted,
         0.0,
-        {"up": "does not make up", "down": "better than the full CLT", "none": "no evidence"},
+        {"up": "was not made up", "down": "better than the full CLT", "none": "no evidence"},
     ),
     "beside_random": (
         sentences.beside_random,
@@ -152,7 +152,7 @@ def test_what_is_undefined_is_not_claimed(rule: str) -> None:
 def test_a_refit_worse_than_the_cut_says_nothing() -> None:
     text = sentences.refitted(UP, Estimate(-1.0, -1.5, -0.5))
     assert "too few tokens" in text
-    assert "does not make up" not in text
+    assert "was not made up" not in text
     assert "0 % of the rise" not in text
     assert "(80.0 % of the rise taken away)" in sentences.refitted(UP, Estimate(0.8))
 

@@ -96,9 +96,9 @@ def refitted(difference: Estimate | None, recovers: Estimate | None = None) -> s
         )
     share = f" ({interval(recovers, percent)} of the rise taken away)" * (recovers is not None)
     return {
-        "above": f"Refitting the same-layer decoders on the same latents{share} does not make up "
-        f"for the cut: FVU stays above the full CLT's by {size}. What is missing was not made up "
-        "by linear decoders of the own layer's latents, fitted on other samples.",
+        "above": f"With same-layer decoders refitted on the same latents{share}, FVU stays above "
+        f"the full CLT's by {size}: that much was not made up by linear decoders of the own "
+        "layer's latents, fitted on other samples.",
         "below": f"Same-layer decoders refitted on the same latents{share} reconstruct better than "
         f"the full CLT (difference {size}): what the plain cut costs is no sign that cross-layer "
         "decoders are needed. Refitting also makes up for what training left undone, so this does "
