@@ -95,6 +95,10 @@ class AnalyzeConfig(ModelConfig, DataConfig):
     clt: str
     """Coder: a folder or a Hub id, in any readable format."""
 
+    dataset: str | None = None
+    """Dataset to measure on: `shapes`, a Hub id, or a local file or folder. Default: none, the
+    weights alone."""
+
     activations: str | None = None
     """Activation store to read tokens from, instead of running the model on a dataset."""
 
