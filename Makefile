@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench study clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -37,6 +37,10 @@ bench: $(VENV)/.base
 	$(BIN)/python scripts/bench_capture.py --samples 500 --rounds 3 --json runs/bench/tiny_llava.json
 	$(BIN)/python scripts/bench_report.py runs/bench/*.json --output docs/benchmarks.md
 	$(BIN)/python scripts/bench_attribution.py $(if $(PEER_VENV),--peer_venv $(PEER_VENV)) --json runs/bench/attribution/text.json
+
+# Cross-layer writes in a text model and in a vision-language model; goes on where it stopped.
+study: $(VENV)/.base
+	$(BIN)/python scripts/study.py --output_dir runs/study --page docs/study.md
 
 clean:
 	rm -rf $(VENV) runs checkpoints

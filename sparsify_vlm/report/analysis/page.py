@@ -60,7 +60,9 @@ def write_html(page: Page, pictures: Mapping[str, bytes], path: Path) -> None:
     write_page(path, "analysis.html.j2", page=page, images=images)
 
 
-def write_markdown(page: Page, pictures: Mapping[str, bytes], path: Path) -> None:
+def write_markdown(
+    page: Page, pictures: Mapping[str, bytes], path: Path, figures: str = "figures"
+) -> None:
     """`page` as Markdown beside the folder `figures`."""
     lines = [f"# {page.title}", "", page.subtitle, ""]
     if page.facts:
@@ -74,7 +76,7 @@ def write_markdown(page: Page, pictures: Mapping[str, bytes], path: Path) -> Non
             lines += _table(table)
         for figure in section.figures:
             if figure.name in pictures:
-                lines += [f"![{figure.name}](figures/{figure.name}.png)", "", figure.caption, ""]
+                lines += [f"![{figure.name}]({figures}/{figure.name}.png)", "", figure.caption, ""]
         lines += [f"- {point}" for point in section.points] + [""] * bool(section.points)
         for heading, points in section.groups.items():
             lines += [f"**{heading}**", "", *(f"- {point}" for point in points), ""]

@@ -1,0 +1,142 @@
+"""The study's steps, its recipes, and the page: sentences that say what the intervals allow."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from sparsify_vlm.analysis.results import Results
+from sparsify_vlm.analysis.tables import Estimate
+
+ROOT = Path(__file__).parents[2]
+CUT, FVU = "fvu_difference.same_only", "fvu.full"
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[Any]:
+    folders = [str(ROOT / "scripts"), str(ROOT / "tests" / "report")]
+    sys.path[:0] = folders
+    try:
+        names = ("study", "study_page", "made_up_analysis")
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    finally:
+        for folder in folders:
+            sys.path.remove(folder)
+
+
+def changed(results: Results, values: dict[str, float]) -> Results:
+    """The same with other values of some of the ablation's estimates."""
+    ablation = results.experiments["ablation"]
+    estimates = dict(ablation.estimates) | {n: Estimate(v) for n, v in values.items()}
+    experiments = dict(results.experiments)
+    experiments["ablation"] = replace(ablation, estimates=estimates)
+    return replace(results, experiments=experiments)
+
+
+def groups(script: Any, warm_cut: list[float], llm_cut: list[float]) -> Any:
+    """Three seeds of each; only the cost of the cut differs between the groups."""
+    base = script.made_up_analysis.results()
+    cuts = {
+        ("llm", "clt"): llm_cut,
+        ("vlm", "clt"): [0.40, 0.41, 0.42],
+        **{(model, "long"): [0.40, 0.41, 0.42] for model in ("llm", "vlm")},
+        **{(model, "warm"): warm_cut for model in ("llm", "vlm")},
+    }
+    return {
+        key: [changed(base, {CUT: v, FVU: 0.02 + v / 1000}) for v in values]
+        for key, values in cuts.items()
+    }
+
+
+def in_short(script: Any, **cuts: list[float]) -> list[str]:
+    found = groups(script, **cuts)
+    compared = script.study_page.compare_results(found["llm", "clt"], found["vlm", "clt"])
+    return script.study_page.in_short(found, {"clt": compared})
+
+
+def test_recipes_differ_in_the_activations_only() -> None:
+    llm, vlm = (
+        yaml.safe_load((ROOT / "configs" / f"study_{name}.yaml").read_text())
+        for name in ("llm", "vlm")
+    )
+    different = {key for key in llm.keys() | vlm.keys() if llm.get(key) != vlm.get(key)}
+    assert different == {"activations", "run_name"}
+    train, heldout = (
+        yaml.safe_load((ROOT / "configs" / f"study_{name}.yaml").read_text())["streams"]
+        for name in ("mix", "heldout")
+    )
+    assert [stream | {"split": "heldout"} for stream in train] == heldout
+
+
+@pytest.mark.parametrize(
+    ("warm_cut", "words"),
+    [
+        ([0.10, 0.11, 0.12], "The same cut costs less"),
+        ([0.70, 0.71, 0.73], "The same cut costs more"),
+        ([0.20, 0.41, 0.60], "there is no evidence that the cut costs"),
+    ],
+)
+def test_what_training_changes(script: Any, warm_cut: list[float], words: str) -> None:
+    said = in_short(script, warm_cut=warm_cut, llm_cut=[0.40, 0.41, 0.42])
+    assert sum(words in sentence for sentence in said) == 2  # one of each model
+
+
+@pytest.mark.parametrize(
+    ("llm_cut", "words"),
+    [
+        ([0.10, 0.11, 0.12], "is higher in the vision-language model"),
+        ([0.80, 0.81, 0.82], "is lower in the vision-language model"),
+        ([0.20, 0.41, 0.62], "no evidence of a difference"),
+    ],
+)
+def test_what_differs_between_the_models(script: Any, llm_cut: list[float], words: str) -> None:
+    said = in_short(script, warm_cut=[0.1, 0.1, 0.1], llm_cut=llm_cut)
+    [sentence] = [s for s in said if s.startswith("The FVU added by zeroing")]
+    assert words in sentence
+
+
+def test_page_has_every_number_and_picture(script: Any, tmp_path: Path) -> None:
+    found, folders = groups(script, [0.1, 0.12, 0.11], [0.3, 0.3, 0.31]), {}
+    for (model, arm), seeds in found.items():
+        folders[model, arm] = [tmp_path / f"{model}-{arm}-{n}" for n in range(len(seeds))]
+        for folder, results in zip(folders[model, arm], seeds, strict=True):
+            results.save(folder)
+            (folder / "figures").mkdir()
+            (folder / "figures" / "distance_decay.png").write_bytes(b"picture")
+    comparisons = {arm: tmp_path / f"{arm}.comparison" for arm in ("clt", "warm", "long")}
+    for folder in comparisons.values():
+        (folder / "figures").mkdir(parents=True)
+        (folder / "figures" / "shares.png").write_bytes(b"picture")
+    page = tmp_path / "docs" / "study.md"
+    script.study_page.write_page(page, comparisons=comparisons, analyses=folders)
+    text = page.read_text()
+    # seeds .30, .30, .31: mean .30333, standard error .01 / 3, t(2) = 4.303
+    assert "30.3 % [28.9, 31.8]" in text
+    pictures = {path.name for path in (page.parent / "study").iterdir()}
+    assert {"llm_distance_decay.png", "vlm_distance_decay.png", "clt_shares.png"} <= pictures
+    for name in ("llm_distance_decay", "clt_shares"):
+        assert f"(study/{name}.png)" in text
+    assert "undefined" not in text.partition("All arms")[0]
+
+
+def test_a_step_is_skipped_when_its_result_is_there(script: Any, tmp_path: Path) -> None:
+    study = script.study.Study(tmp_path, [0], 1, 1, 1, jobs=1)
+    (tmp_path / "coder").mkdir()
+    (tmp_path / "coder" / "clt.json").write_text("{}")
+    script.study.run(study, tmp_path / "coder", "clt.json", ["no-such-command"])
+    assert not (tmp_path / "coder.log").exists()
+
+
+def test_a_step_that_fails_says_what_it_said(script: Any, tmp_path: Path) -> None:
+    study = script.study.Study(tmp_path, [0], 1, 1, 1, jobs=1)
+    with pytest.raises(script.study.StepFailed, match=r"coder: error: unknown command.*coder.log"):
+        script.study.run(study, tmp_path / "coder", "clt.json", ["no-such-command"])
+    assert (tmp_path / "coder.log").read_text().startswith("$ sparsify-vlm no-such-command\n")
