@@ -46,10 +46,10 @@ def draw(swaps: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """A PNG of 128 colours, which keeps the pictures' noise small."""
+    """A PNG without transparency, which keeps it small."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
-    Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
+    Image.open(buffer).convert("RGB").save(path, optimize=True)
 
 
 def against_number(swaps: list[dict[str, Any]]) -> Figure:
