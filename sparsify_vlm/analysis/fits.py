@@ -138,23 +138,35 @@ def _at(
 ) -> tuple[Array, Array, Array]:
     """Squares, amplitude and floor [R] with θ [R], the squares from the deviations themselves."""
     shapes = curve.shape(x[None], theta[:, None])
+    whole = len(weights) < len(points)  # one row of ones for all
+    known = shapes if whole else weights * shapes
+    ones = np.ones(len(x))
     sums = _Sums(
-        (points * shapes).sum(1),
-        (weights * shapes**2).sum(1),
-        (weights * shapes).sum(1),
-        points.sum(1),
-        weights.sum(1),
-        (points**2).sum(1),
+        _products(points, shapes),
+        _products(known, shapes),
+        known @ ones,
+        points @ ones,
+        weights @ ones,
+        _products(points, points),
     )
     _, amplitude, floor = _squares(curve, sums)
-    apart = points - amplitude[:, None] * shapes - floor[:, None]
-    return (weights * apart**2).sum(1), amplitude, floor
+    shapes *= -amplitude[:, None]
+    shapes += points
+    if curve.floor:
+        shapes -= floor[:, None]
+    apart = shapes if whole else weights * shapes
+    return _products(apart, shapes), amplitude, floor
+
+
+def _products(a: Array, b: Array) -> Array:
+    """Row by row the inner product of a and b [R, D]: [R]."""
+    return np.einsum("rd,rd->r", a, b)
 
 
 def _squares(curve: Curve, s: _Sums) -> tuple[Array, Array, Array]:
     """Squares, amplitude and floor of the best linear part, neither of them negative."""
     with np.errstate(all="ignore"):
-        alone = np.nan_to_num(np.maximum(s.yg / s.gg, 0.0))
+        alone = np.maximum(s.yg, 0.0) / np.where(s.gg > 0, s.gg, math.inf)
         squares = s.yy - alone * (2 * s.yg - alone * s.gg)
         if not curve.floor:
             return squares, alone, np.zeros_like(alone)
