@@ -14,11 +14,15 @@ MLPs above. The score is a ratio of KL divergences, summed over the scored predi
 
 0: the cross writes do nothing. 1: they do all of it. Where the two kinds of writes cancel each
 other it can be above 1. In one run every row of a batch is rid of another latent.
+
+A small change of predictions may be rounding alone. So the model is also run with every MLP's
+write moved by one unit in the last place, up or down at random; where KL without any is less than
+`RESOLVED` times the KL of that, there is no ratio.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -36,8 +40,10 @@ from sparsify_vlm.replacement.measures import prediction_terms
 
 COLUMNS = (
     *("source", "latent", "kl_without_cross", "kl_without_any", "ratio", "low", "high"),
-    "n_tokens",
+    *("n_tokens", "kl_of_rounding"),
 )
+RESOLVED = 100.0
+"""KL grows as the square of a small change: an effect ten times as large as that of rounding."""
 Latent = tuple[int, int]
 """Source layer and index."""
 
@@ -68,7 +74,8 @@ def causal_scores(
 
     Columns as in `COLUMNS`: mean KL in nats per scored prediction of the samples in which the
     latent is active, their ratio with its interval over those samples, and at how many tokens the
-    latent is active. What is undefined (never active, or without any effect) is None.
+    latent is active. What is undefined (never active, or without an effect that stands out from
+    that of rounding, `kl_of_rounding`) is None.
     Raises `UserError` for a latent there is not.
     """
     _check(model, latents)
@@ -76,11 +83,11 @@ def causal_scores(
     sums: list[list[Tensor]] = [[] for _ in latents]
     with Progress("Removing latents", some.size, unit="samples", quiet=quiet) as progress:
         for batch in some:
-            for place, row in _Removal(model, latents, batch).sums():
+            for place, row in _Removal(model, latents, batch, seed).sums():
                 sums[place].append(row)
             progress.update(len(batch.rows))
     rows = [
-        _row(latent, torch.stack(own).numpy() if own else np.zeros((0, 4)), seed)
+        _row(latent, torch.stack(own).numpy() if own else np.zeros((0, 5)), seed)
         for latent, own in zip(latents, sums, strict=True)
     ]
     return Table.from_rows(rows, COLUMNS)
@@ -97,9 +104,11 @@ def _check(model: VLMReplacementModel, latents: Sequence[Latent]) -> None:
 
 
 def _row(latent: Latent, sums: np.ndarray, seed: int) -> dict[str, object]:
-    """`sums` [samples, 4]: KL without cross, without any, scored predictions, tokens."""
-    cross, every, scored, active = sums.sum(0)
-    ratio = ratio_interval(sums[:, 0], sums[:, 1], seed=seed).estimate() if len(sums) else None
+    """`sums` [samples, 5]: KL without cross, without any, scored predictions, tokens, KL of
+    rounding."""
+    cross, every, scored, active, rounding = sums.sum(0)
+    seen = every > RESOLVED * max(rounding, scored * torch.finfo(torch.float64).eps)
+    ratio = ratio_interval(sums[:, 0], sums[:, 1], seed=seed).estimate() if seen else None
     return {
         "source": latent[0],
         "latent": latent[1],
@@ -109,6 +118,7 @@ def _row(latent: Latent, sums: np.ndarray, seed: int) -> dict[str, object]:
         "low": ratio.low if ratio else None,
         "high": ratio.high if ratio else None,
         "n_tokens": int(active),
+        "kl_of_rounding": float(rounding / scored) if scored else None,
     }
 
 
@@ -116,11 +126,15 @@ class _Removal:
     """The latents of one batch, and what predictions become without each."""
 
     def __init__(
-        self, model: VLMReplacementModel, latents: Sequence[Latent], batch: TokenBatch
+        self,
+        model: VLMReplacementModel,
+        latents: Sequence[Latent],
+        batch: TokenBatch,
+        seed: int = 0,
     ) -> None:
         assert batch.encoded is not None
         assert batch.logits is not None
-        self.model, self.latents, self.batch = model, latents, batch
+        self.model, self.latents, self.batch, self.seed = model, latents, batch, seed
         inputs, device = batch.encoded.inputs, model.loaded.device
         scored = scored_tokens(batch.encoded, model.loaded.stack.roles(inputs))[:, 1:]
         self.scored = scored.to(device)
@@ -156,34 +170,48 @@ class _Removal:
                     self.active[place] |= (table[:, index] != 0).cpu()
 
     def sums(self) -> list[tuple[int, Tensor]]:
-        """(place in `latents`, KL without cross, without any, scored predictions, active tokens),
-        one for every sample in which the latent is active."""
+        """(place in `latents`, KL without cross, without any, scored predictions, active tokens,
+        KL of rounding), one for every sample in which the latent is active."""
         samples = len(self.batch.rows)
         local = self.batch.local.cpu()
         counts = torch.zeros(len(self.latents), samples, dtype=torch.long)
         counts.index_add_(1, local, self.active.long())
         queues = [counts[:, row].nonzero()[:, 0].tolist() for row in range(samples)]
-        scored = self.scored.sum(1).cpu()
+        scored, rounding = self.scored.sum(1).cpu(), self._rounding()
         found = []
         for turn in range(max(map(len, queues), default=0)):
             removed = {row: queue[turn] for row, queue in enumerate(queues) if turn < len(queue)}
             kl = [self._kl(removed, first=first) for first in (False, True)]
             for row, place in removed.items():
-                values = [kl[0][row], kl[1][row], scored[row], counts[place, row]]
+                values = [kl[0][row], kl[1][row], scored[row], counts[place, row], rounding[row]]
                 found.append((place, torch.stack([v.double() for v in values])))
         return found
 
     def _kl(self, removed: dict[int, int], first: bool) -> Tensor:
         """Σ KL of every row's scored predictions, [B], each row without its latent's writes; those
         to its first target stay unless `first`."""
-        model, batch = self.model, self.batch
-        assert batch.encoded is not None
-        position = {layer: i for i, layer in enumerate(model.layers)}
+        position = {layer: i for i, layer in enumerate(self.model.layers)}
 
         def write(layer: int, y: Tensor) -> Tensor | None:
             change = self._change(position[layer], removed, first)
             return None if change is None else y - change.to(y)
 
+        return self._kl_with(write)
+
+    def _rounding(self) -> Tensor:
+        """Σ KL of every row's scored predictions, [B], with every write off by one rounding."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def write(layer: int, y: Tensor) -> Tensor:
+            up = (torch.rand(y.shape, generator=generator) < 0.5).to(y)
+            return y * (1 + (2 * up - 1) * torch.finfo(y.dtype).eps)
+
+        return self._kl_with(write)
+
+    def _kl_with(self, write: Callable[[int, Tensor], Tensor | None]) -> Tensor:
+        """Σ KL of every row's scored predictions, [B], with MLPs' writes changed by `write`."""
+        model, batch = self.model, self.batch
+        assert batch.encoded is not None
         with model.loaded.stack.replacing(write, "mlp_out", model.layers):
             logits = model.loaded.forward(batch.encoded.inputs, logits=True).logits
         terms = prediction_terms(logits[:, :-1][self.scored], self.labels, self.own)

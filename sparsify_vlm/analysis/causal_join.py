@@ -22,7 +22,7 @@ from sparsify_vlm.replacement import VLMReplacementModel
 
 COLUMNS = (
     *("source", "latent", "chosen", "score", "ratio", "low", "high"),
-    *("kl_without_cross", "kl_without_any", "n_tokens"),
+    *("kl_without_cross", "kl_without_any", "n_tokens", "kl_of_rounding"),
 )
 
 
@@ -39,7 +39,8 @@ def with_causal(
     """The experiment on features with the table "causal" of about `n` top and `n` random latents.
 
     Estimates causal_ratio.top, causal_ratio.random and causal_ratio.top-random are means over
-    latents of Σ KL without cross writes / Σ KL without any.
+    latents of Σ KL without cross writes / Σ KL without any. Latents whose removal changes
+    predictions no more than rounding does have no ratio; a note says how many.
     """
     top = _in_turn(features.tables["top_features"], n)
     if not top:
@@ -63,6 +64,7 @@ def with_causal(
     return replace(
         features,
         estimates={**features.estimates, **estimates},
+        notes=[*features.notes, *_notes(found)],
         tables={
             **features.tables,
             "top_features": _joined(features.tables["top_features"], found),
@@ -89,6 +91,21 @@ def _scores(decoders: Decoders, activity: Activity) -> dict[Latent, float]:
             values = per_latent(writes)["cross_score"].tolist()
             found |= {(writes.source, i): v for i, v in zip(places, values, strict=True)}
     return found
+
+
+def _notes(table: Table) -> list[str]:
+    """Why tested latents have no ratio."""
+    missing = [row for row in table.rows() if row["ratio"] is None]
+    silent = sum(row["n_tokens"] == 0 for row in missing)
+    unseen = len(missing) - silent
+    parts = [f"{silent} were not active on these samples"] * bool(silent)
+    parts += [
+        f"removing all writes of {unseen} changes predictions too little to tell from rounding "
+        "in the model's arithmetic"
+    ] * bool(unseen)
+    if not parts:
+        return []
+    return [f"Of {len(table)} latents that were removed in the model, {' and '.join(parts)}."]
 
 
 def _mean(ratios: Sequence[float | None], seed: int) -> Estimate:

@@ -123,6 +123,23 @@ def test_intervals_are_over_samples_and_the_model_is_left_as_it_was(
     assert fewer["low"] is None  # one sample has no interval
 
 
+def test_what_is_no_more_than_rounding_has_no_ratio(
+    model: VLMReplacementModel, tokens: ModelTokens
+) -> None:
+    """A latent whose writes are too small to be seen in float32."""
+    s, i = 0, 5
+    (before,) = causal_scores(model, [(s, i)], tokens, quiet=True).rows()
+    assert 1e4 * abs(before["kl_of_rounding"]) < before["kl_without_any"]
+    kept = [W[i].clone() for W in model.clt.W_dec[s]]
+    for W in model.clt.W_dec[s]:
+        W[i] *= 1e-7
+    (after,) = causal_scores(model, [(s, i)], tokens, quiet=True).rows()
+    for W, row in zip(model.clt.W_dec[s], kept, strict=True):
+        W[i] = row
+    assert after["n_tokens"] == before["n_tokens"]
+    assert after["ratio"] is after["low"] is after["high"] is None
+
+
 def test_random_latents_are_alive(model: VLMReplacementModel, tokens: ModelTokens) -> None:
     alive = activity(model.clt, tokens).alive()
     drawn = random_latents(alive, 3, seed=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import fmean
+from statistics import fmean, median
 
 from sparsify_vlm.analysis.results import Results
 from sparsify_vlm.report.analysis import sentences
@@ -150,6 +150,13 @@ def _causal(facts: Facts) -> list[str]:
         f"all of its writes does; for {drawn.n or 0} latents drawn at random it is "
         f"{interval(drawn)}."
     ]
+    table = facts.results.table("causal")
+    sizes = [r["kl_without_any"] for r in table.rows() if r["ratio"] is not None] if table else []
+    if sizes:
+        told[0] += (
+            f" Half of these latents, removed whole, change predictions by more than "
+            f"{number(median(sizes))} nats (KL, mean over scored tokens)."
+        )
     return [*told, sentences.score_tells(facts.results.estimate("causal_ratio.top-random"))]
 
 

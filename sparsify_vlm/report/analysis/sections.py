@@ -235,7 +235,7 @@ def _top_table(facts: Facts) -> Rows | None:
         shown += [_top_row(facts, row) for row in own[:each]]
     header = ["Layer", "Feature", "Cross-layer score", "if alike", "effective targets", "reach"]
     return Rows(
-        [*header, "cosine", "KL without cross / without any", "label"],
+        [*header, "cosine", "KL without cross / without any", "KL without any, nats", "label"],
         shown,
         "Top cross-layer features, by score within each source layer. A score is only high beside "
         "that of a latent which writes alike to all the targets its layer has (“if alike”).",
@@ -244,9 +244,12 @@ def _top_table(facts: Facts) -> Rows | None:
 
 def _top_row(facts: Facts, row: dict[str, Any]) -> list[str]:
     n = facts.targets[row["source"]] if row["source"] < len(facts.targets) else 0
-    causal = NONE
+    causal, size = NONE, None
     if row.get("causal") is not None:
         causal = interval(Estimate(row["causal"], row["causal_low"], row["causal_high"]))
+    if (tested := facts.results.table("causal")) is not None:
+        same = tested.where(source=row["source"], latent=row["latent"]).rows()
+        size = same[0]["kl_without_any"] if same else None
     return [
         str(row["source"]),
         str(row["latent"]),
@@ -254,6 +257,7 @@ def _top_row(facts: Facts, row: dict[str, Any]) -> list[str]:
         number(1 - 1 / n) if n else NONE,
         *(number(row[name]) for name in ("effective_targets", "reach", "own_cosine")),
         causal,
+        NONE if size is None else number(size),
         row.get("label") or "",
     ]
 
@@ -271,6 +275,10 @@ def distance(results: Results) -> Section:
         known = d in published.NORM_BY_DISTANCE
         was = number(published.decay_factor(d)) if known else NONE
         rows.append([f"Decay factor, distance 0 to {d}", *cells, was])
+        same = [facts.role(name, "balanced") for name in _by_variant(f"decay_factor_0_{d}")]
+        if any(e is not None and e.value is not None for e in same):
+            label = f"Decay factor, 0 to {d}, of the source layers that have both"
+            rows.append([label, *(_cell(e, number) for e in same), NONE])
     halves = [facts.get("half_life", v) for v in ("plain", "scaled", "corrected")]
     if any(one is not None for one in halves):
         rows.append(["Half-life, layers", *(_cell(h, number) for h in halves), published.HALF_LIFE])
@@ -293,6 +301,10 @@ def distance(results: Results) -> Section:
         Picture("detailed_heatmap", "Mean norms of each source layer (rows) by distance."),
     ]
     return _section("Experiment 4: distance", results, "distance", text, tables, figures)
+
+
+def _by_variant(name: str) -> list[str]:
+    return [name, f"{name}.scaled", f"{name}.corrected"]
 
 
 def _pattern(facts: Facts) -> str:
