@@ -168,17 +168,19 @@ def _compare_into(cfg: CompareConfig, quiet: bool = False) -> Comparison:
 def _compared(cfg: CompareConfig, quiet: bool = False) -> Comparison:
     from sparsify_vlm.analysis.compare import compare_results
 
+    sides = (cfg.text, cfg.text_dataset), (cfg.vlm, cfg.vlm_dataset)
+    opened = [[_opened(name, cfg, dataset) for name in names] for names, dataset in sides]
     text, vlm = (
-        [_analysed(name, cfg, dataset, quiet) for name in names]
-        for names, dataset in ((cfg.text, cfg.text_dataset), (cfg.vlm, cfg.vlm_dataset))
+        [_analysed(name, one, cfg, dataset, quiet) for name, one in zip(names, found, strict=True)]
+        for (names, dataset), found in zip(sides, opened, strict=True)
     )
     return compare_results(text, vlm, cfg.only)
 
 
-def _analysed(name: str, cfg: CompareConfig, dataset: str | None, quiet: bool) -> Results:
-    """What a folder of `analyze` holds; of a CLT, the experiments made now."""
-    from sparsify_vlm.analysis.analyze import run_experiments
+def _opened(name: str, cfg: CompareConfig, dataset: str | None) -> Results | StoredClt:
+    """A folder of `analyze`, read, or a CLT; what cannot be read is refused before any work."""
     from sparsify_vlm.analysis.results import RESULTS, Results
+    from sparsify_vlm.coders.formats import open_clt
 
     if (Path(name) / RESULTS).is_file():
         return Results.load(name)
@@ -187,13 +189,26 @@ def _analysed(name: str, cfg: CompareConfig, dataset: str | None, quiet: bool) -
             f"--only ablation measures on tokens, and {name} is a CLT: give --text_dataset and "
             "--vlm_dataset, or folders that analyze wrote"
         )
+    return open_clt(name)
+
+
+def _analysed(
+    name: str, one: Results | StoredClt, cfg: CompareConfig, dataset: str | None, quiet: bool
+) -> Results:
+    """The results; of a CLT, the experiments made now."""
+    from sparsify_vlm.analysis.analyze import run_experiments
+    from sparsify_vlm.coders.formats import StoredClt
+
+    if not isinstance(one, StoredClt):
+        return one
     settings = AnalyzeConfig(
         clt=name,
         dataset=dataset,
+        split=cfg.split,
         only=list(cfg.only),
         seed=cfg.seed,
         max_examples=cfg.max_examples,
         device=cfg.device,
         dtype=cfg.dtype,
     )
-    return run_experiments(settings, quiet=quiet)
+    return run_experiments(settings, one, quiet)

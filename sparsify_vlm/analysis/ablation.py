@@ -111,14 +111,16 @@ def ablation(
     clt = coder.clt if isinstance(coder, VLMReplacementModel) else coder
     tokens = _tokens(data, coder, batch_size, max_samples)
     fitted_on = None if fit_data is None else _tokens(fit_data, coder, batch_size, None)
-    per_layer = None if plt is None else _fitting_plt(plt, coder)
+    per_layer = None if plt is None else fitting_plt(plt, coder)
     measured = measured or activity(clt, Watched(tokens, "Activity", quiet))
     notes = _notes(clt, tokens, measured)
     deletions = _deletions(clt, measured, draws, seed)
     arms = _own_arms(clt, measured, deletions, reaches(clt.cfg) if reach is None else reach)
     if per_layer is not None:
         arms.append(kept_arm("plt", per_layer, lambda distance: True))
-    if _whether_to_refit(clt, refitting, refit_gib * GIB):
+    if fitted_on is None and measured.samples < 2 and not refitting:
+        notes.append("The refit was left out: with a single sample there is none to fit on.")
+    elif _whether_to_refit(clt, refitting, refit_gib * GIB):
         seen = Watched(fitted_on or tokens, "Refitting", quiet)
         halved = fitted_on is None
         arms += _refitted_arms(clt, seen, halved, measured, ridge, refit_gib * GIB, seed, notes)
@@ -252,22 +254,34 @@ def _whether_to_refit(clt: Clt, wanted: bool | None, limit: float) -> bool:
     return fits if wanted is None else wanted
 
 
-def _fitting_plt(given: Clt | str | Path, coder: VLMReplacementModel | Clt) -> Clt:
-    """The per-layer coder. Raises `UserError` unless it stands where `coder` does."""
+def fitting_plt(
+    given: Clt | str | Path, coder: VLMReplacementModel | Clt, name: str | None = None
+) -> Clt:
+    """The per-layer coder, called `name` in errors. Raises `UserError` unless it stands where
+    `coder` does."""
     clt = coder.clt if isinstance(coder, VLMReplacementModel) else coder
     plt = given if isinstance(given, Clt) else load_clt(given)
-    name = "the PLT" if isinstance(given, Clt) else f"--plt {given}"
+    name = name or ("the PLT" if isinstance(given, Clt) else f"--plt {given}")
     if plt.cfg.n_targets > 1:
         raise UserError(f"{name} writes to {plt.cfg.n_targets} layers: give a per-layer coder")
     for what in ("d_model", "hookpoints", "input_site", "target_offset"):
         mine, its = getattr(clt.cfg, what), getattr(plt.cfg, what)
         if mine != its:
-            raise UserError(f"{name} is not for the same MLPs: its {what} is {its}, not {mine}")
+            raise UserError(
+                f"{name} is not for the same MLPs: its {what} is {_short(its)}, not {_short(mine)}"
+            )
     if isinstance(coder, VLMReplacementModel):
         tokenizer = coder.loaded.tokenizer
         if ExcludedTokens.as_trained(plt.cfg.training, tokenizer) != coder.excluded:
             raise UserError(f"{name} was trained on other tokens: see filter_bos in its clt.json")
     return plt.to(clt.device).requires_grad_(False)
+
+
+def _short(value: object) -> str:
+    """A list by its ends."""
+    if isinstance(value, (list, tuple)) and len(value) > 2:
+        return f"{value[0]} … {value[-1]} ({len(value)})"
+    return str(value)
 
 
 def _firsts(arms: Sequence[Arm]) -> list[Arm]:

@@ -56,9 +56,10 @@ class Activity:
         return self.frequency["all"] > 0
 
     def mean_l0(self) -> float:
-        """Active latents per token, the mean over layers with a coder."""
+        """Active latents per token, the mean over layers that have any."""
         per_layer = self.frequency["all"].sum(1)
-        return float(per_layer[per_layer > 0].mean())
+        firing = per_layer[per_layer > 0]
+        return float(firing.mean()) if len(firing) else 0.0
 
 
 def activity(clt: Clt, tokens: Iterable[TokenBatch]) -> Activity:

@@ -1,9 +1,10 @@
 """`analyze`: the experiments on one coder, in this order.
 
-1. The decoders are read once, layer by layer: norms and products.
-2. With tokens: what latents and layers do on them, by role (`activity`).
-3. Weights, features and distance, from 1 and 2.
-4. With tokens: the ablation, and what single latents' cross-layer writes do to the model.
+1. With tokens: everything they need is opened, so that what does not fit is refused at once.
+2. The decoders are read once, layer by layer: norms and products.
+3. With tokens: what latents and layers do on them, by role (`activity`).
+4. Weights, features and distance, from 2 and 3.
+5. With tokens: the ablation, and what single latents' cross-layer writes do to the model.
 
 Only numbers: `sparsify_vlm.studies` writes the report.
 """
@@ -14,9 +15,9 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sparsify_vlm.analysis.ablation import ablation
+from sparsify_vlm.analysis.ablation import ablation, fitting_plt
 from sparsify_vlm.analysis.activity import Activity, activity
 from sparsify_vlm.analysis.causal_join import with_causal
 from sparsify_vlm.analysis.config import AnalyzeConfig, read_labels
@@ -26,18 +27,29 @@ from sparsify_vlm.analysis.features import features
 from sparsify_vlm.analysis.results import Results
 from sparsify_vlm.analysis.role_contrasts import ablation_with_roles, with_roles
 from sparsify_vlm.analysis.tables import Experiment
-from sparsify_vlm.analysis.tokens import ModelTokens, Tokens, token_batches
+from sparsify_vlm.analysis.tokens import ModelTokens, Tokens, Watched, token_batches
 from sparsify_vlm.analysis.weights import weights
 from sparsify_vlm.coders import Clt, load_clt
 from sparsify_vlm.coders.formats import InMemory, StoredClt, open_clt
 from sparsify_vlm.data import ActivationStore, DataConfig
 from sparsify_vlm.progress import Progress
+from sparsify_vlm.replacement import VLMReplacementModel
 from sparsify_vlm.replacement.loading import load_replacement
 
-if TYPE_CHECKING:
-    from sparsify_vlm.replacement import VLMReplacementModel
-
 PACKAGES = ("sparsify-vlm", "torch", "transformers")
+
+
+@dataclass
+class _Opened:
+    """What measuring on tokens needs."""
+
+    clt: Clt
+    model: VLMReplacementModel | None
+    """None for tokens of a store."""
+    tokens: Tokens
+    plt: Clt | None
+    """Per-layer transcoders trained alike."""
+    fitted_on: Tokens | None
 
 
 @dataclass
@@ -45,14 +57,9 @@ class _Measured:
     """What the experiments are made from."""
 
     stored: StoredClt
+    opened: _Opened | None
     decoders: Decoders
-    clt: Clt | None = None
-    """Loaded whole, with tokens only."""
-    model: VLMReplacementModel | None = None
-    tokens: Tokens | None = None
-    activity: Activity | None = None
-    plt: Clt | None = None
-    """Per-layer transcoders trained alike."""
+    activity: Activity | None
 
 
 def run_experiments(
@@ -67,9 +74,9 @@ def run_experiments(
     Raises `UserError` for a coder, model or dataset that cannot be used, or not together.
     """
     stored = InMemory(coder) if isinstance(coder, Clt) else coder or open_clt(cfg.clt)
-    measured = _Measured(stored, _decoders(stored, quiet))
-    if cfg.has_data:
-        _add_tokens(measured, cfg, quiet)
+    opened = _open(stored, cfg) if cfg.has_data else None
+    decoders = _decoders(stored, quiet)
+    measured = _Measured(stored, opened, decoders, _activity(opened, quiet) if opened else None)
     made = {name: EXPERIMENTS[name](measured, cfg, quiet) for name in cfg.experiments()}
     return Results(made, _provenance(measured, cfg))
 
@@ -80,29 +87,30 @@ def _decoders(stored: StoredClt, quiet: bool) -> Decoders:
         return read_decoders(stored, lambda s: progress.update(1))
 
 
-def _add_tokens(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> None:
-    """Load what the tokens need, and measure the activity on them."""
-    if cfg.plt is not None:
-        measured.plt = load_clt(cfg.plt)
-    clt = measured.stored.load()
-    if cfg.activations:
-        measured.clt = clt
-        data: DataConfig | ActivationStore = ActivationStore(cfg.activations)
-        measured.tokens = token_batches(data, clt, max_samples=cfg.max_examples)
+def _open(stored: StoredClt, cfg: AnalyzeConfig) -> _Opened:
+    """Load what measuring on tokens needs. Raises `UserError` for what does not fit together."""
+    store = ActivationStore(cfg.activations) if cfg.activations else None
+    fit_store = ActivationStore(cfg.fit_activations) if cfg.fit_activations else None
+    plt = load_clt(cfg.plt) if cfg.plt else None
+    clt, model = stored.load(), None
+    if store is not None:
+        tokens = token_batches(store, clt, max_samples=cfg.max_examples)
     else:
-        measured.model = load_replacement(cfg, clt, cfg.clt)
-        measured.clt = measured.model.clt
+        model = load_replacement(cfg, clt, cfg.clt)
         data = DataConfig(**{f.name: getattr(cfg, f.name) for f in fields(DataConfig)})
-        measured.tokens = token_batches(data, measured.model, batch_size=cfg.batch_size)
-    with Progress("Activity", measured.tokens.size, unit="samples", quiet=quiet) as progress:
-        measured.activity = activity(measured.clt, watched(measured.tokens, progress))
+        tokens = token_batches(data, model, batch_size=cfg.batch_size)
+    coder = model or clt
+    return _Opened(
+        clt=coder.clt if isinstance(coder, VLMReplacementModel) else coder,
+        model=model,
+        tokens=tokens,
+        plt=None if plt is None else fitting_plt(plt, coder, f"--plt {cfg.plt}"),
+        fitted_on=None if fit_store is None else token_batches(fit_store, coder),
+    )
 
 
-def watched(tokens: Tokens, progress: Progress) -> Any:
-    """The batches of `tokens`, counted as they are used."""
-    for batch in tokens:
-        yield batch
-        progress.update(len(batch.rows))
+def _activity(opened: _Opened, quiet: bool) -> Activity:
+    return activity(opened.clt, Watched(opened.tokens, "Activity", quiet))
 
 
 def _weights(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experiment:
@@ -134,21 +142,23 @@ def _features(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experimen
         resamples=cfg.bootstrap,
     )
     found = _by_role(found, measured, cfg)
-    model, tokens, active = measured.model, measured.tokens, measured.activity
-    if not cfg.causal or model is None or active is None or not isinstance(tokens, ModelTokens):
+    opened, active = measured.opened, measured.activity
+    if not cfg.causal or opened is None or opened.model is None or active is None:
         return found
-    return with_causal(found, model, tokens, measured.decoders, active, cfg.causal, cfg.seed, quiet)
+    assert isinstance(opened.tokens, ModelTokens)
+    where = opened.model, opened.tokens, measured.decoders, active
+    return with_causal(found, *where, cfg.causal, cfg.seed, quiet)
 
 
 def _ablation(measured: _Measured, cfg: AnalyzeConfig, quiet: bool) -> Experiment:
-    assert measured.clt is not None
-    assert measured.tokens is not None
+    opened = measured.opened
+    assert opened is not None
     assert measured.activity is not None
     found = ablation(
-        measured.model or measured.clt,
-        measured.tokens,
-        plt=measured.plt,
-        fit_data=cfg.fit_activations,
+        opened.model or opened.clt,
+        opened.tokens,
+        plt=opened.plt,
+        fit_data=opened.fitted_on,
         refit_gib=cfg.refit_gib,
         measured=measured.activity,
         seed=cfg.seed,
@@ -196,13 +206,13 @@ def _provenance(measured: _Measured, cfg: AnalyzeConfig) -> dict[str, Any]:
 
 
 def _data(measured: _Measured, cfg: AnalyzeConfig) -> dict[str, Any] | None:
-    if measured.tokens is None or measured.activity is None:
+    if measured.opened is None or measured.activity is None:
         return None
     counts = dict(measured.activity.tokens)
     return {
-        "source": measured.tokens.name,
+        "source": measured.opened.tokens.name,
         "samples": measured.activity.samples,
         "all_tokens": counts.pop("all"),
         "tokens": counts,
-        "model": measured.model.loaded.name if measured.model else None,
+        "model": measured.opened.model.loaded.name if measured.opened.model else None,
     }

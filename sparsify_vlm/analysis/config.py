@@ -155,6 +155,10 @@ class AnalyzeConfig(ModelConfig, DataConfig):
             raise UserError("--activations and --dataset exclude each other; give one of them")
         if "ablation" in self.only and not self.has_data:
             raise UserError("--only ablation measures on tokens: give a DATASET or --activations")
+        for flag in ("plt", "fit_activations"):
+            if getattr(self, flag) and "ablation" not in self.experiments():
+                need = "--only ablation" if self.has_data else "a DATASET or --activations"
+                raise UserError(f"--{flag} is used in the ablation only: give {need} too")
         read_labels(self.labels)
 
     @property
@@ -191,6 +195,9 @@ class CompareConfig:
 
     max_examples: int | None = 500
     """Read at most this many samples of each dataset."""
+
+    split: str = ""
+    """Split of both datasets. Default: heldout for shapes, validation for others."""
 
     only: list[str] = field(default_factory=list)
     """Experiments: weights, ablation, features, distance. Default: all that both sides have."""

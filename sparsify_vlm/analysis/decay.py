@@ -193,6 +193,8 @@ def _compare(
         return
     sums = np.where(there, halves, 0)
     whole = (sums.sum(0) / there.sum(0))[None]
+    if not whole.any(2).all():
+        return
     errors = _held_out(whole, panel.distances, curves)[0]
     best = int(np.flatnonzero(errors <= errors.min() + SAME_ERROR)[0])  # the simplest of equals
 

@@ -94,6 +94,7 @@ def _source(stored: StoredClt, s: int) -> SourceDecoders:
         _products()(block, squared[rows], with_first[rows])
     if not bool(torch.isfinite(squared).all()):
         raise stored.not_finite(s)
+    stored.encoder_bias(s), stored.threshold(s)  # not used here, but refused if not finite
     norms = encoder_norms(stored.encoder(s).to(squared.dtype))
     return SourceDecoders(s, targets, squared, with_first, norms)
 

@@ -210,7 +210,8 @@ def _by_source(curves: Sequence[Curves], relative: bool) -> Table:
     for one in curves:
         if one.kind.weighting != "latents" or one.kind.role != ALL:
             continue
-        values = one.means / one.means[:, :1] if relative else one.means
+        with np.errstate(invalid="ignore"):  # a source that writes nothing
+            values = one.means / one.means[:, :1] if relative else one.means
         for s, source in enumerate(one.sources):
             rows += [
                 {

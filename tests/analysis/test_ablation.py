@@ -287,7 +287,10 @@ def test_undefined_figures_are_none_and_data_must_allow_the_rest() -> None:
     assert fvu_by(found, "full", "all")[2] is None
     assert found.estimates["fvu.full"].value is not None
     with pytest.raises(UserError, match="at least two samples"):
-        ablation(random_clt(), MadeUp(samples=1))
+        ablation(random_clt(), MadeUp(samples=1), refitting=True)
+    found = ablation(random_clt(), MadeUp(samples=1))
+    assert "fvu.refit" not in found.estimates
+    assert found.estimates["fvu.full"].low is None
     with pytest.raises(UserError, match=r"GiB.*--refit_gib"):
         ablation(random_clt(), MadeUp(), refitting=True, refit_gib=1e-7)
     found = ablation(random_clt(), MadeUp(), refit_gib=1e-7)

@@ -242,6 +242,79 @@ def test_coders_that_cannot_be_read(refused: Check, shelf: Path, tmp_path: Path)
     nan = broken(shelf, tmp_path / "nan", spoil)
     refused(["analyze", nan, *out], "layers.2", "NaN")
 
+    def spoil_bias(clt: Clt) -> None:
+        clt.b_enc[4][3] = torch.inf
+
+    infinite = broken(shelf, tmp_path / "infinite", spoil_bias)
+    refused(["analyze", infinite, *out], "layers.4", "encoder.bias")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_latents", 32), ("d_in", 48), ("activation", "groupmax")]
+)
+def test_mixed_layers(
+    field: str, value: object, refused: Check, shelf: Path, tmp_path: Path
+) -> None:
+    """A folder in which one layer's coder is of another shape or kind than the others."""
+    mixed = broken(shelf, tmp_path / "mixed", lambda clt: None)
+    file = mixed / "language_model.model.layers.5.mlp" / "cfg.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    line = ["analyze", mixed, "--only", "weights", "--output_dir", tmp_path / "o"]
+    refused(line, "layers.5", field, str(value), "must agree")
+
+
+def test_what_does_not_fit_is_refused_before_any_work(
+    refused: Check, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reads(*_: object) -> None:
+        raise AssertionError("decoders were read")
+
+    monkeypatch.setattr("sparsify_vlm.analysis.analyze.read_decoders", reads)
+    out = ["--output_dir", tmp_path / "o"]
+    line = ["analyze", shelf / "vlm", "shapes", "--max_examples", "4", *out]
+    refused([*line, "--plt", tmp_path / "absent"], "no such checkpoint folder")
+    refused([*line, "--plt", shelf / "vlm"], f"--plt {shelf / 'vlm'} writes to 8 layers")
+    refused([*line, "--fit_activations", tmp_path / "absent"], "no activation store")
+    absent = ["analyze", shelf / "vlm", "--activations", tmp_path / "absent", *out]
+    refused(absent, "no activation store")
+    refused(["compare", shelf / "llm", tmp_path / "absent", *out], "no such checkpoint folder")
+
+
+def dead(clt: Clt) -> None:
+    """No latent is ever active."""
+    for W, b in zip(clt.W_enc, clt.b_enc, strict=True):
+        W.zero_()
+        b.fill_(-1.0)
+
+
+def test_a_coder_whose_latents_never_fire(shelf: Path, tmp_path: Path) -> None:
+    """All that is left is its biases, 0: every arm without fitted decoders is the arm `zero`."""
+    path = broken(shelf, tmp_path / "dead", dead)
+    alone = sparsify_vlm.analyze(path, output_dir=tmp_path / "alone")
+    gauge_free = alone.estimate("decay_factor_0_5.corrected")
+    assert gauge_free is not None
+    assert gauge_free.value is None
+    results = sparsify_vlm.analyze(path, "shapes", output_dir=tmp_path / "o", max_examples=4)
+    found = results.estimates()
+    assert found["dead_share"].value == 1.0
+    assert found["fvu.full"].value == pytest.approx(found["fvu.zero"].value, rel=1e-6)
+    assert found["fvu_difference.same_only"].value == 0
+    assert found["mean_reach"].value is None
+
+
+def test_a_single_sample_has_no_refit_and_no_intervals(shelf: Path, tmp_path: Path) -> None:
+    results = sparsify_vlm.analyze(
+        shelf / "vlm", "shapes", only=["ablation"], output_dir=tmp_path, max_examples=1
+    )
+    cut = results.estimate("fvu_difference.same_only")
+    assert cut is not None
+    assert cut.value is not None
+    assert cut.low is None
+    assert results.estimate("fvu.refit") is None
+    notes = " ".join(results.experiments["ablation"].notes)
+    assert "refit was left out: with a single sample" in notes
+    assert "nothing is claimed" in (tmp_path / "report.md").read_text()
+
 
 def test_a_text_coder_on_images(refused: Check, shelf: Path, tmp_path: Path) -> None:
     """A dataset with images for the coder of a text model."""
@@ -270,6 +343,11 @@ def test_a_damaged_analysis(refused: Check, shelf: Path, tmp_path: Path) -> None
 def test_flags_that_do_not_go_together() -> None:
     with pytest.raises(UserError, match="--activations and --dataset exclude"):
         AnalyzeConfig(clt="c", dataset="shapes", activations="a")
+    for flag in ("plt", "fit_activations"):
+        with pytest.raises(UserError, match=f"--{flag} is used in the ablation only: give a DATA"):
+            AnalyzeConfig(clt="c", **{flag: "p"})
+        with pytest.raises(UserError, match=f"--{flag} is used in .* give --only ablation too"):
+            AnalyzeConfig(clt="c", dataset="shapes", only=["weights"], **{flag: "p"})
     with pytest.raises(UserError, match="--top 0: must be at least 1"):
         AnalyzeConfig(clt="c", top=0)
     plain = AnalyzeConfig(clt="c", only=["distance, weights"])
