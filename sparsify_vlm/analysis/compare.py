@@ -197,6 +197,11 @@ def _notes(text: Sequence[Results], vlm: Sequence[Results]) -> list[str]:
     """What a reader must know of how comparable the two are."""
     a, b = (side[0].provenance["coder"] for side in (text, vlm))
     notes = []
+    if a.get("model") and a.get("model") == b.get("model"):
+        notes.append(
+            f"Both are coders of {a['model']}: “text model” stands for the first of them here, "
+            "“vision-language model” for the second."
+        )
     if a["n_layers"] != b["n_layers"]:
         notes.append(
             f"The coders have {a['n_layers']} and {b['n_layers']} layers. A uniform coder's "

@@ -128,6 +128,22 @@ def test_figures_are_there_and_show_something(folder: Path) -> None:
         assert dark > 0.002, name
 
 
+def test_roles_without_tokens_have_no_panel() -> None:
+    results = made_up.results()
+    experiment = results.experiments["ablation"]
+    empty = {"fvu": None, "low": None, "high": None}
+    rows = [
+        row | (empty if row["role"] == "text_only" else {})
+        for row in experiment.tables["fvu_comparison"].rows()
+    ]
+    tables = {**experiment.tables, "fvu_comparison": Table.from_rows(rows, list(rows[0]))}
+    changed = {**results.experiments, "ablation": replace(experiment, tables=tables)}
+    figure = FIGURES["fvu_comparison"](Results(changed, results.provenance))
+    assert figure is not None
+    shown = [axes.get_title() for axes in figure.axes if axes.get_visible()]
+    assert shown == ["all tokens", "image tokens", "text after an image"]
+
+
 @pytest.mark.parametrize("file", ["report.html"])
 def test_the_page_fetches_nothing(folder: Path, file: str) -> None:
     text = (folder / file).read_text()
@@ -275,6 +291,15 @@ def test_a_comparison_of_seeds_has_the_spread_of_seeds(tmp_path: Path) -> None:
     assert one.difference.low == pytest.approx(0.2 - 2.776445 * (2e-4 / 3) ** 0.5, abs=1e-6)
     write_markdown(build_comparison(found), {}, tmp_path / "report.md")
     assert "One training seed" not in (tmp_path / "report.md").read_text()
+
+
+def test_two_coders_of_one_model_are_said_to_be_so() -> None:
+    same = compare_results([made_up.results()], [made_up.results()])
+    assert "Both are coders of tiny-llava" in " ".join(same.notes)
+    text = made_up.results()
+    coder = {**text.provenance["coder"], "model": "tiny-llama"}
+    other = replace(text, provenance={**text.provenance, "coder": coder})
+    assert "Both are" not in " ".join(compare_results([other], [made_up.results()]).notes)
 
 
 def test_different_depth_is_compared_and_said(tmp_path: Path) -> None:

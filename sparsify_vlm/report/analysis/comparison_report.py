@@ -56,6 +56,11 @@ HEADLINES: dict[str, tuple[str, Form]] = {
     "delta_ce_difference.same_only": ("The cross-entropy added by zeroing them (nats)", number),
     "kl.full": ("The KL of the model with the full CLT (nats)", number),
 }
+USE = (
+    "Means with 95 % intervals of the cross-layer score (0 to 1), the effective number of targets "
+    "and the reach in layers. What writing alike to all targets would give depends on the number "
+    "of layers."
+)
 CUT, REFIT = "fvu_difference.same_only", "fvu_difference.refit"
 BY_ROLE_WORDS = {
     "block_share_same": "The own layer's block share",
@@ -118,7 +123,7 @@ def build(found: Comparison) -> Page:
                 ),
             ],
         ),
-        Section("Latents", figures=[Picture("use", "Uniform writing depends on the layers.")]),
+        Section("Latents", figures=[Picture("use", USE)]),
         Section("Ablation", figures=[Picture("ablation_cost", "Every arm less the full CLT.")]),
     ]
     if found.roles:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from sparsify_vlm.analysis.tables import Table
 from sparsify_vlm.report.analysis import style
 from sparsify_vlm.report.analysis.style import VARIANTS, finish, kinds, layer_ticks, nan
 from sparsify_vlm.report.figures import new_figure
@@ -78,7 +79,12 @@ def fvu_comparison(results: Results) -> Figure | None:
     table = results.table("fvu_comparison")
     if table is None:
         return None
-    roles = kinds(table, "role", style.ROLE_NAMES)
+    known = Table.from_rows(
+        [row for row in table.rows() if row["fvu"] is not None], list(table.columns)
+    )
+    roles = kinds(known, "role", style.ROLE_NAMES)
+    if not roles:
+        return None
     arms = [arm for arm in style.arm_order(table["arm"]) if arm in style.COLOURS_OF_ARMS]
     figure, panels = style.panels(len(roles), sharey=True)
     for axes, role in zip(panels, roles, strict=True):

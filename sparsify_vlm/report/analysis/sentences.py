@@ -94,7 +94,8 @@ def refitted(difference: Estimate | None, recovers: Estimate | None = None) -> s
             f"not fitted to (FVU above the full CLT's: {size}). There were too few tokens to fit "
             "them, so they say nothing about what cross-layer writes are needed for."
         )
-    share = f" ({interval(recovers, percent)} of the rise taken away)" * (recovers is not None)
+    known = recovers is not None and recovers.value is not None
+    share = f" ({interval(recovers, percent)} of the rise taken away)" * known
     return {
         "above": f"With same-layer decoders refitted on the same latents{share}, FVU stays above "
         f"the full CLT's by {size}: that much was not made up by linear decoders of the own "
@@ -218,8 +219,8 @@ def decay(which: str, distance: int, factor: Estimate | None) -> str:
         "none": f"{which} give no evidence of a change with distance: at {distance} they are "
         f"{size} of those at 0.",
         "unknown": f"{which} at distance {distance} are {size} of those at 0; {NO_CLAIM}.",
-        "undefined": f"{which} at distance {distance} are {UNDEFINED}: no coder writes to both "
-        "distances.",
+        "undefined": f"{which} at distance {distance} beside 0 are {UNDEFINED}: no live latents "
+        "write to both distances.",
     }[verdict(factor, 1.0)]
 
 
