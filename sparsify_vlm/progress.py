@@ -36,7 +36,7 @@ class Progress:
         self.done, self.initial = initial, initial
         self.stream = stream or sys.stderr
         self.interval, self.quiet = interval, quiet
-        self._notes = ""
+        self._notes, self._shown = "", ""
         self._start = self._last = time.monotonic()
         self._bar: tqdm[Any] | None = None
         if not quiet and self.stream.isatty():
@@ -68,13 +68,13 @@ class Progress:
             left = f", {tqdm.format_interval((self.total - self.done) / rate)} left"
         line = f"{self.label}: {self.done}{of} {self.unit} ({rate:.1f}/s{left}) {self._notes}"
         print(line.rstrip(), file=self.stream, flush=True)
-        self._last = now
+        self._last, self._shown = now, f"{self.done} {self._notes}"
 
     def close(self) -> None:
         """End the display; off a terminal, print the last line."""
         if self._bar is not None:
             self._bar.close()
-        elif not self.quiet:
+        elif not self.quiet and self._shown != f"{self.done} {self._notes}":
             self._line()
 
     def __enter__(self) -> Progress:

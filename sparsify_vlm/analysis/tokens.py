@@ -177,7 +177,8 @@ class ModelTokens(Tokens):
         self.data = replace(data, max_examples=min(known) if known else None)
         self.model, self.batch_size, self.logits = model, batch_size, logits
         self.source = open_samples(held_out(self.data, model.loaded.name), model.loaded)
-        self.name, self.size = f"{self.source.name} ({self.source.cfg.split})", self.source.size
+        split = "" if data.dataset_mix else f" ({self.source.cfg.split})"  # a mix has several
+        self.name, self.size = f"{self.source.name}{split}", self.source.size
 
     def with_logits(self, max_samples: int | None = None) -> ModelTokens:
         """The tokens of the first `max_samples` samples, and the model's logits."""

@@ -152,6 +152,16 @@ def test_text_of_a_text_model_is_text_only() -> None:
     assert 0 < tokens["text_only"] < tokens["all"]  # the end-of-turn is in no group
 
 
+def test_a_mix_is_named_without_a_split(model: VLMReplacementModel, tmp_path: Path) -> None:
+    """Its parts have their own."""
+    (tmp_path / "mix.yaml").write_text(
+        "streams:\n  - {name: seen, dataset: shapes, split: heldout, kind: conversation}\n"
+    )
+    mix = DataConfig(dataset_mix=str(tmp_path / "mix.yaml"), split="", max_examples=2)
+    assert token_batches(mix, model).name.endswith("mix.yaml")
+    assert token_batches(DATA, model).name == "shapes (heldout)"
+
+
 def test_data_that_is_not_for_the_coder(stored: Path, tmp_path: Path) -> None:
     text = coder_for("tiny-llama")
     with pytest.raises(UserError, match="holds activations of tiny-llava, not of tiny-llama"):
