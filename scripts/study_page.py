@@ -7,7 +7,10 @@ the prose around them says what was done and what cannot be concluded.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
+
+from PIL import Image
 
 from sparsify_vlm.analysis.compare import Comparison, compare_results
 from sparsify_vlm.analysis.contrasts import over_seeds, paired_difference, seeds_difference
@@ -112,7 +115,7 @@ def build(groups: Groups, pictures: Sequence[str]) -> Page:
             _models(groups, found["clt"], pictures),
             _training(groups, pictures),
             _controls(groups),
-            _roles(groups, found["clt"], pictures),
+            _roles(groups, found, pictures),
             _figures(pictures),
             Section("What this does not show", points=LIMITS),
         ],
@@ -208,11 +211,11 @@ def _models(groups: Groups, found: Comparison, pictures: Sequence[str]) -> Secti
         size = in_points(one.difference) if form is percent else interval(one.difference, form)
         rows.append([LABELS[name], interval(one.text, form), interval(one.vlm, form), size])
     header = ("", "tiny-llama", "tiny-llava", "difference")
-    wanted = ("shares", "decay_curves", "use", "ablation_cost")
+    names = [f"clt_{name}" for name in ("shares", "decay_curves", "use", "ablation_cost")]
     return Section(
         "Text model and vision-language model",
         tables=[Rows(header, rows, f"CLTs {ARMS['clt']}. 95 % intervals over seeds.")],
-        figures=[Picture(f"clt_{n}", "") for n in wanted if f"clt_{n}" in pictures],
+        figures=_shown(names, pictures, f"CLTs {ARMS['clt']}; means with 95 % intervals."),
         points=_sentences(found)[0],
     )
 
@@ -247,7 +250,9 @@ def _training(groups: Groups, pictures: Sequence[str]) -> Section:
             "layer and moves only what lowers the loss."
         ],
         tables=tables,
-        figures=[Picture(n, f"CLTs {ARMS[n[:4]]}.") for n in names if n in pictures],
+        figures=[
+            picture for n in names for picture in _shown([n], pictures, f"CLTs {ARMS[n[:4]]}.")
+        ],
     )
 
 
@@ -275,7 +280,26 @@ def _controls(groups: Groups) -> Section:
     return Section("All arms of the ablation", tables=tables)
 
 
-def _roles(groups: Groups, found: Comparison, pictures: Sequence[str]) -> Section:
+def _roles(groups: Groups, found: Mapping[str, Comparison], pictures: Sequence[str]) -> Section:
+    header = (
+        *("", *ROLES.values()),
+        *("image − text after", "image − text without"),
+        "text without image: tiny-llava − tiny-llama",
+    )
+    tables = [
+        Rows(header, _by_role(groups, arm, one), f"CLTs of tiny-llava {ARMS[arm]}.")
+        for arm, one in found.items()
+    ]
+    return Section(
+        "Within the vision-language model, by the kind of token",
+        text=[beside_clip(found)],
+        tables=tables,
+        figures=_shown(["clt_roles"], pictures, f"CLTs {ARMS['clt']}; dotted: tiny-llama."),
+        points=_sentences(found["clt"])[1],
+    )
+
+
+def _by_role(groups: Groups, arm: str, found: Comparison) -> list[list[str]]:
     rows = []
     for name, label in BY_ROLE_WORDS.items():
         by_role = found.roles.get(name)
@@ -283,38 +307,35 @@ def _roles(groups: Groups, found: Comparison, pictures: Sequence[str]) -> Sectio
             continue
         form = percent if "share" in name or name.startswith("fvu") else number
         show = in_points if form is percent else interval
-        other = seeds_difference(
-            [one.estimate(f"{name}.text_only") for one in groups["vlm", "clt"]],
-            [one.estimate(f"{name}.text_only") for one in groups["llm", "clt"]],
-        )
+        models = ([one.estimate(f"{name}.text_only") for one in groups[m, arm]] for m in NAMES)
+        llm, vlm = models
         rows.append(
             [
                 label,
                 *(interval(by_role.get(role), form) for role in ROLES),
                 *(show(by_role.get(f"image-{role}")) for role in ("text", "text_only")),
-                show(other),
+                show(seeds_difference(vlm, llm)),
             ]
         )
-    header = (
-        *("", *ROLES.values()),
-        *(
-            "image − text after",
-            "image − text without",
-            "text without image: tiny-llava − tiny-llama",
-        ),
-    )
-    within = [
-        s
-        for s in conclusions(found)
-        if "in the vision-language model on" in s or "vision-language model is " in s
-    ]
-    return Section(
-        "Within the vision-language model, by the kind of token",
-        tables=[
-            Rows(header, rows, f"CLTs of tiny-llava {ARMS['clt']}. 95 % intervals over seeds.")
-        ],
-        figures=[Picture("clt_roles", "")] if "clt_roles" in pictures else [],
-        points=within,
+    return rows
+
+
+def beside_clip(found: Mapping[str, Comparison]) -> str:
+    """Whether image tokens lean on their own layer's coder, as patches were found to in CLIP."""
+    words = {
+        "above": "image tokens lean on it more than text without an image does",
+        "below": "image tokens lean on it less than text without an image does",
+        "none": "there is no evidence of a difference between image tokens and text without image",
+    }
+    said = []
+    for arm, one in found.items():
+        difference = one.roles.get("block_share_same", {}).get("image-text_only")
+        if text := words.get(verdict(difference)):
+            said.append(f"in CLTs {ARMS[arm]} {text} ({in_points(difference)})")
+    return (
+        "In CLTs of CLIP's own tower patches were seen to draw on the coder of their own layer and "
+        "[CLS] on those of many (Chatzoudis et al. 2026, arXiv:2604.13304). In the language model "
+        f"looked at here, by the own layer's exact block share, {'; '.join(said)}."
     )
 
 
@@ -327,6 +348,10 @@ def _figures(pictures: Sequence[str]) -> Section:
             Picture(name, f"{NAMES[name[:3]]}: {name[4:].replace('_', ' ')}.") for name in own
         ],
     )
+
+
+def _shown(names: Sequence[str], pictures: Sequence[str], caption: str) -> list[Picture]:
+    return [Picture(name, caption) for name in names if name in pictures]
 
 
 def _sentences(found: Comparison) -> tuple[list[str], list[str]]:
@@ -354,7 +379,17 @@ def _pictures(
         model: folder / "figures" for (model, arm), folder in firsts.items() if arm == "clt"
     }
     return {
-        f"{name}_{file.stem}": file.read_bytes()
+        f"{name}_{file.stem}": _smaller(file)
         for name, folder in folders.items()
         for file in sorted(folder.glob("*.png"))
     }
+
+
+def _smaller(file: Path) -> bytes:
+    """The picture with 128 colours: less than half the size, and alike to the eye."""
+    out = BytesIO()
+    with Image.open(file) as picture:
+        picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
+            out, "PNG", optimize=True
+        )
+    return out.getvalue()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from sparsify_vlm.analysis.results import Results
 from sparsify_vlm.analysis.tables import Estimate
@@ -103,6 +104,20 @@ def test_what_differs_between_the_models(script: Any, llm_cut: list[float], word
     assert words in sentence
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0.04, 0.05, 0.06], "lean on it more"),
+        ([-0.04, -0.05, -0.06], "lean on it less"),
+        ([-0.05, 0.0, 0.06], "no evidence of a difference"),
+    ],
+)
+def test_image_tokens_beside_those_of_clip(script: Any, values: list[float], words: str) -> None:
+    difference = script.study_page.over_seeds([Estimate(v) for v in values])
+    roles = {"block_share_same": {"image-text_only": difference}}
+    assert words in script.study_page.beside_clip({"clt": SimpleNamespace(roles=roles)})
+
+
 def test_page_has_every_number_and_picture(script: Any, tmp_path: Path) -> None:
     found, folders = groups(script, [0.1, 0.12, 0.11], [0.3, 0.3, 0.31]), {}
     for (model, arm), seeds in found.items():
@@ -110,11 +125,11 @@ def test_page_has_every_number_and_picture(script: Any, tmp_path: Path) -> None:
         for folder, results in zip(folders[model, arm], seeds, strict=True):
             results.save(folder)
             (folder / "figures").mkdir()
-            (folder / "figures" / "distance_decay.png").write_bytes(b"picture")
+            Image.new("RGB", (4, 4), "red").save(folder / "figures" / "distance_decay.png")
     comparisons = {arm: tmp_path / f"{arm}.comparison" for arm in ("clt", "warm", "long")}
     for folder in comparisons.values():
         (folder / "figures").mkdir(parents=True)
-        (folder / "figures" / "shares.png").write_bytes(b"picture")
+        Image.new("RGB", (4, 4), "blue").save(folder / "figures" / "shares.png")
     page = tmp_path / "docs" / "study.md"
     script.study_page.write_page(page, comparisons=comparisons, analyses=folders)
     text = page.read_text()
