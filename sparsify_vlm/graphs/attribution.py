@@ -76,7 +76,7 @@ def attribute(
             [1, S, d] in their place if given; or the prompt's `LocalModel`, which is then kept.
         max_n_logits: explain at most this many of the likeliest next tokens,
         desired_logit_prob: as few as reach this probability together.
-        max_feature_nodes: the most features that become nodes; None: all that are active.
+        max_feature_nodes: the most features that become nodes; None or 0: all that are active.
         targets: what to explain instead: tokens (ids, text), `Difference`, `Feature`, directions
             [d_model] in the stream after the final norm.
         memory: bytes for all that is held beside model and coder; None: 4 GiB.
@@ -87,6 +87,8 @@ def attribute(
     the prompt or the graph does not fit into `memory`.
     """
     memory = MEMORY if memory is None else memory
+    if max_feature_nodes is not None and max_feature_nodes < 0:
+        raise UserError(f"max_feature_nodes {max_feature_nodes}: must be at least 0, for all")
     with _local(model, inputs, memory) as local:
         rest = memory - held_bytes(local)
         columns = Columns(local, max(rest, 0) // 4)
@@ -112,8 +114,8 @@ def check_prompt_fits(
     needed = expected_bytes(model, S)
     if needed > memory:
         raise UserError(
-            f"a prompt of {S:,} positions takes {_gib(needed)} in this model before anything is "
-            f"traced, more than the {_gib(memory)} it may: give a shorter one or more --memory"
+            f"a prompt of {S:,} positions takes {_size(needed)} in this model before anything is "
+            f"traced, more than the {_size(memory)} it may: give a shorter one or more --memory"
         )
 
 
@@ -136,14 +138,16 @@ def _check_size(columns: Columns, wanted: int, memory: int, rest: int) -> None:
     fitting = int(((errors**2 + 4 * max(rest, 0) / each) ** 0.5 - errors) / 2)
     fewer = f"--max_feature_nodes {fitting} or fewer, or " if fitting else ""
     raise UserError(
-        f"a graph of {wanted:,} features takes {_gib(needed)}, the prompt's own model "
-        f"{_gib(memory - rest)}, together more than the {_gib(memory)} they may: give {fewer}more "
-        "--memory"
+        f"a graph of {wanted:,} features takes {_size(needed)}, the prompt's own model "
+        f"{_size(memory - rest)}, together more than the {_size(memory)} they may: give {fewer}"
+        "more --memory"
     )
 
 
-def _gib(n_bytes: float) -> str:
-    return f"{n_bytes / 2**30:.2g} GiB"
+def _size(n_bytes: float) -> str:
+    """In GiB, or MiB below one."""
+    gib = n_bytes / 2**30
+    return f"{gib:,.2f} GiB" if gib >= 1 else f"{1024 * gib:,.1f} MiB"
 
 
 def _batch_size(local: LocalModel, columns: Columns, most: int) -> int:

@@ -122,6 +122,8 @@ class TraceConfig(ReplacedConfig):
     def __post_init__(self) -> None:
         if self.difference and len(self.difference) != 2:
             raise UserError(f"--difference takes two tokens, not {len(self.difference)}")
+        if self.patch_gradient != "frozen" and not self.patches:
+            raise UserError(f"--patch_gradient {self.patch_gradient} needs --patches")
         for name in ("desired_logit_prob", "node_threshold", "edge_threshold"):
             if not 0 < (value := getattr(self, name)) <= 1:
                 raise UserError(f"--{name} {value}: must be above 0 and at most 1")

@@ -115,13 +115,18 @@ def export_graph(
     for i, picture in enumerate(story.pictures):
         write_atomically(folder / _picture(i), lambda path, p=picture: p.save(path, "PNG"))  # type: ignore[misc]
     if story.examples:
-        features = {f"{layer}_{index}" for layer, _, index in graph.features.tolist()}
-        here = {k: v for k, v in story.examples.items() if k in features}
+        here = examples_of(graph, story.examples)
         write_json(folder / EXAMPLES, {"format": EXAMPLES_FORMAT, "version": 1, "features": here})
     path = folder / f"{slug}.json"
     write_json(path, made)
     _list(folder / METADATA, {name: metadata[name] for name in LISTED})
     return path
+
+
+def examples_of(graph: AttributionGraph, examples: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `examples` by feature id that are of feature nodes."""
+    features = {f"{layer}_{index}" for layer, _, index in graph.features.tolist()}
+    return {k: v for k, v in examples.items() if k in features}
 
 
 # ---- names

@@ -58,7 +58,7 @@ def resolve_targets(
     """The given targets, or the likeliest next tokens that together reach the probability.
 
     Raises `UserError` for text that is not one token, ids and features that there are not, and
-    vectors of another width.
+    vectors of another width or with numbers that are not finite.
     """
     probabilities = local.logits[-1].float().softmax(0)
     if targets is None:
@@ -67,6 +67,8 @@ def resolve_targets(
         wanted = torch.tensor(desired_logit_prob, device=reached.device)
         count = min(int(torch.searchsorted(reached, wanted)) + 1, len(reached))
         targets = top.indices[:count].tolist()
+    elif isinstance(targets, str):
+        raise UserError(f"targets are given as a list: ['{targets}']")
     elif isinstance(targets, Tensor):
         targets = list(targets) if targets.is_floating_point() else targets.tolist()
     if not targets:
@@ -109,6 +111,8 @@ class _Resolved:
                     f"a target direction has {len(target)} numbers, the model's stream has "
                     f"{local.stack.d_model}"
                 )
+            if not bool(target.isfinite().all()):
+                raise UserError("a target direction has numbers that are not finite")
             return cls(target.detach(), *last, "direction")
         W = unembedding(local)
         if isinstance(target, Difference):
@@ -153,16 +157,19 @@ def mean_row(W: Tensor) -> Tensor:
 
 
 def token_id(local: LocalModel, token: int | str) -> int:
-    """The id of a target token. Raises `UserError` where text is not one token."""
+    """The id of a target token. Raises `UserError` where text is not one token, or none at all."""
     size = len(unembedding(local))
     if isinstance(token, str):
-        ids = local.loaded.tokenizer.encode(token, add_special_tokens=False)
+        tokenizer = local.loaded.tokenizer
+        ids = tokenizer.encode(token, add_special_tokens=False)
         if len(ids) != 1:
             pieces = ", ".join(repr(text(local, i)) for i in ids)
             raise UserError(
                 f"target token '{token}' is {len(ids)} tokens of this model ({pieces}): "
                 "give one of them, or an id"
             )
+        if ids == [tokenizer.unk_token_id] and token != tokenizer.unk_token:
+            raise UserError(f"target token '{token}' is not in this model's vocabulary")
         token = ids[0]
     if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < size:
         raise UserError(f"target token {token}: this model has the ids 0 to {size - 1}")

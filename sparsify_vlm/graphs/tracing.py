@@ -28,7 +28,14 @@ from sparsify_vlm.files import write_tensors
 from sparsify_vlm.graphs.attribution import attribute, check_prompt_fits
 from sparsify_vlm.graphs.config import TraceConfig, in_bytes
 from sparsify_vlm.graphs.effects import patch_grid, total_effects
-from sparsify_vlm.graphs.export import EXAMPLES_FORMAT, Story, check_slug, export_graph, slug_of
+from sparsify_vlm.graphs.export import (
+    EXAMPLES_FORMAT,
+    Story,
+    check_slug,
+    examples_of,
+    export_graph,
+    slug_of,
+)
 from sparsify_vlm.graphs.graph import AttributionGraph
 from sparsify_vlm.graphs.pixels import patches_of, pixel_effects
 from sparsify_vlm.graphs.stored import METADATA
@@ -69,7 +76,7 @@ def trace(cfg: TraceConfig) -> Path:
         graph.info["difference"] = [_id(model.loaded, text) for text in cfg.difference]
     graph.save(folder)
     write_tensors(folder / INPUTS, asked.inputs, INPUTS_FORMAT)
-    _carry_pictures(cfg, story.examples, folder)
+    _carry_pictures(cfg, examples_of(graph, story.examples), folder)
     export_graph(
         graph,
         folder,
@@ -249,21 +256,30 @@ def _examples(cfg: TraceConfig) -> dict[str, Any]:
     features = value.get("features")
     if not isinstance(features, dict):
         raise UserError(f"--examples {cfg.examples} is damaged: it has no features")
+    for name in _pictures(features):
+        if Path(name).name != name or not _beside(cfg, name).is_file():
+            raise UserError(f"--examples {cfg.examples}: its picture {name} is not beside it")
     return features
 
 
-def _carry_pictures(cfg: TraceConfig, examples: Mapping[str, Any], folder: Path) -> None:
-    """Copy the pictures that examples name from beside their file."""
-    named = {
+def _pictures(examples: Mapping[str, Any]) -> set[str]:
+    """Files that examples by feature id name."""
+    return {
         one["image"]
         for ones in examples.values()
         for one in (ones if isinstance(ones, list) else [])
         if isinstance(one, dict) and isinstance(one.get("image"), str)
     }
-    for name in sorted(named):
-        source = Path(cfg.examples or "").parent / name
-        if Path(name).name != name or not source.is_file():
-            raise UserError(f"--examples {cfg.examples}: its picture {name} is not beside it")
+
+
+def _beside(cfg: TraceConfig, name: str) -> Path:
+    return Path(cfg.examples or "").parent / name
+
+
+def _carry_pictures(cfg: TraceConfig, examples: Mapping[str, Any], folder: Path) -> None:
+    """Copy the pictures that examples name from beside their file."""
+    for name in _pictures(examples):
+        source = _beside(cfg, name)
         if source.resolve() != (folder / name).resolve():
             shutil.copyfile(source, folder / name)
 

@@ -89,7 +89,7 @@ def places_of(
                     f"patch {tuple(patch)} of image {image}: it has {size[0]} rows and {size[1]} "
                     "columns of image tokens"
                 )
-        found.append(torch.tensor([known[tuple(patch)] for patch in patches]))
+        found.append(torch.tensor([known[tuple(patch)] for patch in patches], dtype=torch.int64))
     return found
 
 
@@ -221,7 +221,8 @@ def _tokens(one: PatchIntervention, place: int, own: Tensor, at: Tensor, whole: 
         return torch.zeros_like(own[at])
     if one.by == "mean":
         return own[whole].mean(0).expand(len(at), -1)
-    assert not isinstance(one.by, str)
+    if isinstance(one.by, str):
+        raise UserError(f"image patches are exchanged by zero, mean or tokens, not by '{one.by}'")
     given = one.by.get(place)
     if given is None or given.shape != own[at].shape:
         shape = None if given is None else tuple(given.shape)

@@ -79,7 +79,10 @@ def test_as_many_logits_as_reach_the_probability(whole, count, probability):
         ([Feature(7, 3, 1)], "layer 7 has no coder"),
         ([Feature(1, 3, 192)], "192 latents per layer"),
         ([Feature(1, 12, 1)], "position 12: the prompt has 12"),
+        (["nowhere"], "'nowhere' is not in this model's vocabulary"),
         ([torch.ones(9)], "has 9 numbers, the model's stream has 64"),
+        ([torch.full((64,), torch.nan)], "not finite"),
+        ("w81", r"given as a list: \['w81'\]"),
         ([], "no target to explain"),
     ],
 )
@@ -199,6 +202,11 @@ def test_models_of_other_dtypes(dtype, allowed, tmp_path):
         n = graph.target_nodes.start + targets
         expected = reference.adjacency[:n, :n]
         torch.testing.assert_close(graph.adjacency[:n, :n], expected, rtol=0, atol=allowed)
+
+
+def test_numbers_of_nodes_that_cannot_be():
+    with pytest.raises(UserError, match="max_feature_nodes -3: must be at least 0"):
+        attribute(model("llama_relu"), inputs("llama_relu"), max_feature_nodes=-3)
 
 
 def test_what_does_not_fit_into_the_memory(whole, local):

@@ -286,6 +286,7 @@ def test_one_clear_line():
         (PatchIntervention(image=1), "image 1: the prompt has 1 images"),
         ("red", "str is no intervention"),
         (PatchIntervention([(0, 0)], by={-1: torch.zeros(2, d)}), r"have the shape \(2, 32\)"),
+        (PatchIntervention([(0, 0)], by="median"), "zero, mean or tokens, not by 'median'"),
     ]
     for change, line in cases:
         with pytest.raises(UserError, match=line):
@@ -294,4 +295,6 @@ def test_one_clear_line():
         SteeringVector.from_feature(model, 1, 3, 0)
     with pytest.raises(UserError, match="a coder has 40 latents"):
         SteeringVector.from_feature(model, 1, 400)
-    torch.testing.assert_close(logits(model, inputs), model.intervene(inputs, [], "free").logits)
+    for nothing in ([], [PatchIntervention([])], [PatchIntervention([], by="mean")]):
+        out = model.intervene(inputs, nothing, "free")
+        torch.testing.assert_close(logits(model, inputs), out.logits)

@@ -230,13 +230,29 @@ def test_labels_and_examples_are_carried_along(shelf, traced, tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps({name: "edge"}))
     examples = {"format": "sparsify-vlm examples", "version": 1}
     examples["features"] = {name: [{"activation": 1.0, "image": "p.png"}]}
-    (tmp_path / "examples.json").write_text(json.dumps(examples))
-    (tmp_path / "p.png").write_bytes((shelf / "picture.png").read_bytes())
+    others = {"99_0": [{"activation": 2.0, "image": "q.png"}]}  # of no node of this graph
+    (tmp_path / "examples.json").write_text(
+        json.dumps(examples | {"features": examples["features"] | others})
+    )
+    for name in ("p.png", "q.png"):
+        (tmp_path / name).write_bytes((shelf / "picture.png").read_bytes())
     out = tmp_path / "g"
     argv = ["--labels", tmp_path / "labels.json", "--examples", tmp_path / "examples.json"]
     assert run("trace", shelf / "clt", "--scene", 4, *argv, "--output_dir", out) == 0
     assert json.loads((out / "examples.json").read_text()) == examples
     assert (out / "p.png").is_file()
+    assert not (out / "q.png").exists()
+
+
+def test_examples_without_their_pictures_are_refused_at_once(shelf, tmp_path, capsys):
+    examples = {"format": "sparsify-vlm examples", "version": 1}
+    examples["features"] = {"0_1": [{"activation": 1.0, "image": "p.png"}]}
+    (tmp_path / "examples.json").write_text(json.dumps(examples))
+    out = tmp_path / "g"
+    argv = ["--scene", 4, "--examples", tmp_path / "examples.json", "--output_dir", out]
+    assert run("trace", shelf / "clt", *argv) == 1
+    assert "its picture p.png is not beside it" in capsys.readouterr().err
+    assert not out.exists()
 
 
 REFUSED = {
@@ -266,6 +282,14 @@ REFUSED = {
     "several pieces": (
         ["{clt}", "--scene", "1", "--target_tokens", "red blue"],
         "target token 'red blue' is 2 tokens of this model",
+    ),
+    "a word that it does not know": (
+        ["{clt}", "--scene", "1", "--target_tokens", "xyzzy"],
+        "target token 'xyzzy' is not in this model's vocabulary",
+    ),
+    "a gradient of nothing": (
+        ["{clt}", "--scene", "1", "--patch_gradient", "plain"],
+        "--patch_gradient plain needs --patches",
     ),
     "no such picture": (
         ["{clt}", "--prompt", "red", "--image", "nowhere.png"],
