@@ -88,6 +88,18 @@ def test_the_files_compute_what_the_coder_does(tmp_path: Path, format, variant: 
         assert back.cfg.model == "owner/model"
 
 
+@pytest.mark.filterwarnings("ignore:.*hook_normalized")
+@pytest.mark.parametrize("format", COMPUTE)
+def test_thresholds_below_0(tmp_path: Path, format) -> None:
+    """They let no negative latent through, whatever the layout's own program would do."""
+    clt, x = coder(activation="jumprelu"), torch.randn(LAYERS, T, D)
+    for threshold in clt.threshold:
+        threshold.data.uniform_(-1, 1)
+    export_clt(clt, format, tmp_path / "out")
+    assert same(COMPUTE[format](tmp_path / "out", x), outputs(clt, x))
+    assert same(outputs(load_clt(tmp_path / "out"), x), outputs(clt, x))
+
+
 @pytest.mark.parametrize("own_only", [False, True])
 def test_gemma_scope_has_own_skip_connections_only(tmp_path: Path, own_only: bool) -> None:
     clt = coder(activation="relu", skip_connection=True, n_targets=3)

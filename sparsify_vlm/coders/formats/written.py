@@ -126,7 +126,8 @@ def _write_circuit_tracer(stored: StoredClt, folder: Path) -> None:
             f"b_dec_{s}": stored.output_bias(s),
         }
         if (threshold := stored.threshold(s)) is not None:
-            tensors[f"threshold_{s}"] = threshold
+            # Below 0, where latents are 0 here, circuit-tracer would let negative ones through.
+            tensors[f"threshold_{s}"] = threshold.clamp(min=0)
         write_tensors(folder / f"W_enc_{s}.safetensors", tensors, metadata)
         decoders = {f"W_dec_{s}": _decoders(stored, s)}
         write_tensors(folder / f"W_dec_{s}.safetensors", decoders, metadata)
