@@ -157,6 +157,12 @@ def test_a_refit_worse_than_the_cut_says_nothing() -> None:
     assert "(80.0 % of the rise taken away)" in sentences.refitted(UP, Estimate(0.8))
 
 
+def test_a_coder_no_better_than_the_mean_is_said_to_be_so() -> None:
+    assert "FVU 120.0 %" in sentences.no_better_than_the_mean(Estimate(1.2))
+    for good in (Estimate(0.9, 0.8, 1.1), Estimate(None), None):
+        assert sentences.no_better_than_the_mean(good) == ""
+
+
 def test_a_refit_is_not_compared_where_it_failed() -> None:
     cut, refit = Estimate(0.4, 0.3, 0.5), Estimate(0.6, 0.5, 0.7)
     text = sentences.worse_than_the_cut(cut, refit, " on image tokens")

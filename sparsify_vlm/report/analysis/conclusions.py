@@ -98,7 +98,7 @@ def _roles(facts: Facts, name: str, what: str) -> list[str]:
 
 def _ablation(facts: Facts) -> list[str]:
     full = facts.arm("fvu", "full")
-    told = []
+    told = [sentences.no_better_than_the_mean(full)]
     for arm, how in (
         ("same_only", "With every cross-layer write set to zero"),
         ("cross_mean", "With cross-layer writes held at their means instead"),

@@ -71,6 +71,17 @@ def ablated(
     }[kind]
 
 
+def no_better_than_the_mean(full: Estimate | None) -> str:
+    """Said of a coder whose FVU is 1 or more; else ""."""
+    if full is None or full.value is None or full.value < 1:
+        return ""
+    return (
+        f"This CLT reconstructs no better than the mean of every layer does (FVU "
+        f"{interval(full, percent)}): what it loses or gains by a cut is no measure of what "
+        "cross-layer writes are worth in a trained one."
+    )
+
+
 def loss(how: str, difference: Estimate | None) -> str:
     """Cross-entropy of an arm less that of the full coder, in nats a token."""
     size = f"{interval(difference)} nats a token"
