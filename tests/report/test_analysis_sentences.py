@@ -179,7 +179,11 @@ def test_a_refit_is_not_compared_where_it_failed() -> None:
         ("above", "above", "agree"),
         ("below", "below", "agree"),
         ("above", "below", "disagree"),
-        ("above", "none", "plain norms say “more”, the gauge-free number “no evidence”"),
+        (
+            "above",
+            "none",
+            "Only one of the two is evidence about it: plain norms say “more”",
+        ),
         ("none", "below", "plain norms say “no evidence”, the gauge-free number “less”"),
         ("none", "none", "Neither"),
     ],

@@ -80,7 +80,7 @@ def _how_to_read() -> str:
         "95 % interval lies on one side, “no evidence” is said where it does not. Intervals hold "
         "for one trained coder: they cover other samples or other source layers, not another "
         "training run. Plain: as published for other coders. Corrected: unchanged when a latent is "
-        "scaled up and its decoders down, which changes nothing the coder computes."
+        "scaled up and its decoders down, so that it writes the same."
     )
 
 

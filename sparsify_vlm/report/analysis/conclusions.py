@@ -223,8 +223,8 @@ def _of_norms(facts: Facts) -> str:
     if plain is None or fair is None:
         return ""
     return (
-        "Raw decoder norms are no measure of how much an edge carries: they change under a "
-        "rescaling that changes no output, and they grow with the scale of the target layer. "
+        "Raw decoder norms are no measure of how much an edge carries: they leave out how large "
+        "activations are, and they grow with the scale of the target layer. "
         "Compare edges by what is written on tokens."
     )
 

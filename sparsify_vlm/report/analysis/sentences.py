@@ -37,7 +37,10 @@ def own_share(what: str, share: Estimate | None, null: float | None) -> str:
 
 
 def agreement(plain: Verdict, corrected: Verdict, what: str) -> str:
-    """Whether the plain and the gauge-free number say the same of `what`."""
+    """Whether the plain and the gauge-free number say the same of `what`.
+
+    Evidence by the one and none by the other is no disagreement: the two may be close.
+    """
     said = {"above": "more", "below": "less", "none": "no evidence"}
     if plain not in said or corrected not in said:
         return ""
@@ -45,10 +48,14 @@ def agreement(plain: Verdict, corrected: Verdict, what: str) -> str:
         return f"Neither the plain nor the gauge-free number is evidence about {what}."
     if plain == corrected:
         return f"The plain and the gauge-free number agree about {what}."
+    start = (
+        "Only one of the two is evidence" if "none" in (plain, corrected) else "The two disagree"
+    )
     return (
-        f"The two disagree about {what}: plain norms say “{said[plain]}”, the gauge-free number "
-        f"“{said[corrected]}”. Plain norms change when latents are rescaled, which changes nothing "
-        "the coder computes; the gauge-free number is the one to rely on."
+        f"{start} about {what}: plain norms say “{said[plain]}”, the gauge-free number "
+        f"“{said[corrected]}”. Plain norms leave out how large activations are: twice the "
+        "activation with half the decoder writes the same. The gauge-free number is the one to "
+        "rely on."
     )
 
 
