@@ -92,6 +92,14 @@ def test_it_fits(page: Page, width: int) -> None:
     assert all(a["x"] + a["width"] <= b["x"] + 1 for a, b in pairwise(boxes))
 
 
+def test_the_answer_is_seen_in_a_narrow_window(page: Page) -> None:
+    page.driver.set_window_size(700, 800)
+    hidden = "const e = document.querySelector('h1'); return e.scrollHeight - e.clientHeight"
+    assert page.js(hidden) < 10  # less than a line
+    assert page.one("h1 .answer").rect["width"] > 20
+    assert page.one("h1").rect["width"] > 400
+
+
 def test_nodes_stand_by_layer_and_token(page: Page) -> None:
     def place(id: str) -> tuple[float, float]:
         box = page.node(id).rect

@@ -60,6 +60,8 @@ def test_pixels_and_tokens_can_be_switched(tmp_path: Path, chromium: Any) -> Non
         page.choose("3_12_74")
         assert drawn(page).shape == (ROWS, COLUMNS)
         assert not page.one('[data-source="pixels"]').is_enabled()
+        look = "return +getComputedStyle(document.querySelector('[data-source=pixels]')).opacity"
+        assert page.js(look) < 0.6
         page.keys("\ue00c")
         assert drawn(page).shape == (2 * ROWS, 2 * COLUMNS)
         # a patch of pixels leads to the token around it
