@@ -59,6 +59,8 @@ def sorted_out(
     changes: Sequence[Change],
 ) -> tuple[list[Intervention], list[SteeringVector], list[PatchIntervention]]:
     """Changes by their kind. Raises `UserError` for anything else."""
+    if isinstance(changes, Intervention | SteeringVector | PatchIntervention):
+        raise UserError(f"give a list of changes: [{type(changes).__name__}(…)]")
     for one in changes:
         if not isinstance(one, Intervention | SteeringVector | PatchIntervention):
             raise UserError(

@@ -75,6 +75,8 @@ def check_vectors(
                 f"{name}: it has the shape {tuple(one.vector.shape)}, the stream is "
                 f"{stack.d_model} wide"
             )
+        if not bool(one.vector.isfinite().all()):
+            raise UserError(f"{name}: it holds NaN or infinite values")
         if one.position is None or n_positions is None:
             continue
         if not -n_positions <= one.position < n_positions:

@@ -281,6 +281,7 @@ def test_one_clear_line():
     cases: list[tuple[Any, str]] = [
         (SteeringVector(9, torch.zeros(d)), "the model has the layers 0 to 2"),
         (SteeringVector(1, torch.zeros(3)), "the stream is 32 wide"),
+        (SteeringVector(1, torch.full((d,), torch.nan)), "holds NaN"),
         (SteeringVector(1, torch.zeros(d), 99), "position 99: the prompt has"),
         (PatchIntervention([(4, 0)]), "it has 4 rows and 4 columns of image tokens"),
         (PatchIntervention(image=1), "image 1: the prompt has 1 images"),
@@ -291,6 +292,8 @@ def test_one_clear_line():
     for change, line in cases:
         with pytest.raises(UserError, match=line):
             model.intervene(inputs, [change], "free")
+    with pytest.raises(UserError, match=r"a list of changes: \[SteeringVector"):
+        model.intervene(inputs, SteeringVector(1, torch.zeros(d)), "free")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="writes to the layers 1 to 2, not to 0"):
         SteeringVector.from_feature(model, 1, 3, 0)
     with pytest.raises(UserError, match="a coder has 40 latents"):
