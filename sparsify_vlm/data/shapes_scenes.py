@@ -108,8 +108,8 @@ def draw_scene(rng: np.random.Generator, split: str, n_objects: int | None = Non
         if is_held_out(tuple(sorted(kinds))) == (split == "heldout"):
             break
     cells = rng.permutation(GRID * GRID)[:n].tolist()
-    jitter = rng.random((n, 3))
-    tint = rng.integers(-_TINT, _TINT + 1, size=(n, 3))
+    jitter = rng.random((n, 3)).tolist()
+    tint = rng.integers(-_TINT, _TINT + 1, size=(n, 3)).tolist()
     objects = tuple(
         _place(kind, cell, place, colour)
         for kind, cell, place, colour in zip(kinds, cells, jitter, tint, strict=True)
@@ -128,14 +128,14 @@ _RGB = {
 }
 
 
-def _place(kind: tuple[str, str], cell: int, jitter: np.ndarray, tint: np.ndarray) -> SceneObject:
+def _place(kind: tuple[str, str], cell: int, jitter: list[float], tint: list[int]) -> SceneObject:
     """An object with up to 1 px of offset and a radius of 5.2 to 6 px: it never leaves its cell."""
     colour, shape = kind
     red, green, blue = (
-        min(255, max(0, base + int(t))) for base, t in zip(_RGB[colour], tint, strict=True)
+        min(255, max(0, base + t)) for base, t in zip(_RGB[colour], tint, strict=True)
     )
-    dx, dy = 2 * float(jitter[0]) - 1, 2 * float(jitter[1]) - 1
-    radius = 5.2 + 0.8 * float(jitter[2])
+    dx, dy = 2 * jitter[0] - 1, 2 * jitter[1] - 1
+    radius = 5.2 + 0.8 * jitter[2]
     return SceneObject(colour, shape, cell, dx, dy, radius, (red, green, blue))
 
 
