@@ -154,7 +154,7 @@ def capture(cfg: CaptureConfig, loaded: LoadedModel | None = None) -> Path:
             print(f"{cfg.output_dir} is complete: {summary(store)}")
             return store.path
         _run(cfg, loaded, layers, source, writer, world)
-    _tell(store, world)
+    _tell(store, world, told=not isinstance(writer, Share) or writer.joined)
     return store.path
 
 
@@ -163,11 +163,11 @@ def _place() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _tell(store: StoreWriter, world: int) -> None:
-    """Say what is stored: of several processes the last does, whichever's output is shown."""
+def _tell(store: StoreWriter, world: int, told: bool) -> None:
+    """Say what is stored: of several processes the one that joined it does, whichever it is."""
     from sparsify_vlm.data.capture_manifest import summary
 
-    if not store.complete:
+    if not told:
         print(f"{store.path}: this process is done; the last one joins what all have captured")
         return
     out = sys.__stdout__ if world > 1 else sys.stdout

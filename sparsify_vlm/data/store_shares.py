@@ -41,7 +41,7 @@ class Share:
     """What one of `world` processes writes of `store`; a context manager, used like a writer.
 
     Entering raises `UserError` as a `StoreWriter` does, also where a process of an earlier run
-    still writes. `store.complete` says afterwards whether this process was the last.
+    still writes. `joined` says afterwards whether it was this process that joined the shares.
     """
 
     def __init__(self, store: StoreWriter, rank: int, world: int) -> None:
@@ -52,6 +52,7 @@ class Share:
         self._stored: set[int] = set()
         self._total = 0
         self._held = ExitStack()
+        self.joined = False
 
     batches = 0
     """Of these nothing is known before `wants` is asked."""
@@ -138,6 +139,7 @@ class Share:
         self.store.shards = joined
         self.store.declare_complete(left_out)
         _remove_parts(self.path)
+        self.joined = True
 
 
 def _numbered(shards: list[Shard]) -> Iterator[tuple[Shard, list[int]]]:
