@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sparsify_vlm.data.config import DataConfig
 from sparsify_vlm.errors import UserError
+from sparsify_vlm.replacement.config import ReplacedConfig
 
 EXPERIMENTS = ("weights", "ablation", "features", "distance")
 """In the order of the report."""
@@ -60,36 +61,7 @@ def _at_least(config: object, **bounds: int) -> None:
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
-    """The model, and where it runs. Only needed with a dataset."""
-
-    model: str | None = None
-    """Model. Default: the one the coder was trained on."""
-
-    device: str | None = None
-    """Where the model and the coder run. Default: cuda if there, else cpu."""
-
-    dtype: str | None = None
-    """Type of the model's numbers. Default: float32 on a CPU, bfloat16 elsewhere."""
-
-    revision: str | None = None
-    """Branch, tag or commit of the model on the Hub."""
-
-    hf_token: str | None = field(default=None, repr=False)
-    """Access token for gated or private models."""
-
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-
-    load_in_8bit: bool = False
-    """Quantise the model's weights to 8 bits (needs bitsandbytes)."""
-
-    load_in_4bit: bool = False
-    """Quantise the model's weights to 4 bits (NF4)."""
-
-
-@dataclass(kw_only=True)
-class AnalyzeConfig(ModelConfig, DataConfig):
+class AnalyzeConfig(ReplacedConfig, DataConfig):
     """Which coder is analysed, on which tokens."""
 
     clt: str

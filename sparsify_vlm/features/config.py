@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from sparsify_vlm.data.config import DataConfig
 from sparsify_vlm.errors import UserError
+from sparsify_vlm.replacement.config import ReplacedConfig
 
 
 @dataclass(kw_only=True)
-class ExamplesConfig(DataConfig):
+class ExamplesConfig(ReplacedConfig, DataConfig):
     """Of which latents the strongest examples are kept, and where they go."""
 
     clt: str
@@ -33,35 +34,11 @@ class ExamplesConfig(DataConfig):
     picture_size: int = 160
     """Pixels of an example's picture along its longer side."""
 
-    model: str | None = None
-    """Model. Default: the one the coder was trained on."""
-
     max_examples: int | None = 2000
     """Read at most this many samples."""
 
     batch_size: int = 16
     """Samples run through the model together."""
-
-    device: str | None = None
-    """Where the model and the coder run. Default: cuda if there, else cpu."""
-
-    dtype: str | None = None
-    """Type of the model's numbers. Default: float32 on a CPU, bfloat16 elsewhere."""
-
-    revision: str | None = None
-    """Branch, tag or commit of the model on the Hub."""
-
-    hf_token: str | None = field(default=None, repr=False)
-    """Access token for gated or private models."""
-
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-
-    load_in_8bit: bool = False
-    """Quantise the model's weights to 8 bits (needs bitsandbytes)."""
-
-    load_in_4bit: bool = False
-    """Quantise the model's weights to 4 bits (NF4)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

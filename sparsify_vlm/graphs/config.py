@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from sparsify_vlm.errors import UserError
+from sparsify_vlm.replacement.config import ReplacedConfig
 
 PatchGradient = Literal["frozen", "plain"]
 PATCH_GRADIENTS: tuple[str, ...] = get_args(PatchGradient)
@@ -21,35 +22,6 @@ def in_bytes(flag: str, text: str) -> int:
     if found is None or found[2].lower() not in _UNITS or float(found[1]) == 0:
         raise UserError(f"{flag} '{text}': give a size such as 8GiB or 512MiB")
     return int(float(found[1]) * _UNITS[found[2].lower()])
-
-
-@dataclass(kw_only=True)
-class ReplacedConfig:
-    """The model, and where it runs."""
-
-    model: str | None = None
-    """Model. Default: the one the coder was trained on."""
-
-    device: str | None = None
-    """Where the model and the coder run. Default: cuda if there, else cpu."""
-
-    dtype: str | None = None
-    """Type of the model's numbers. Default: float32 on a CPU, bfloat16 elsewhere."""
-
-    revision: str | None = None
-    """Branch, tag or commit of the model on the Hub."""
-
-    hf_token: str | None = field(default=None, repr=False)
-    """Access token for gated or private models."""
-
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-
-    load_in_8bit: bool = False
-    """Load the model in 8 bits (needs bitsandbytes)."""
-
-    load_in_4bit: bool = False
-    """Load the model in 4 bits (needs bitsandbytes)."""
 
 
 @dataclass(kw_only=True)
@@ -100,7 +72,8 @@ class TraceConfig(ReplacedConfig):
     patches: bool = False
     """Attribute image tokens on to the patches of pixels, through the vision tower."""
 
-    patch_gradient: PatchGradient = "frozen"
+    # PatchGradient, whose name simple-parsing would look for in the module of the base class.
+    patch_gradient: Literal["frozen", "plain"] = "frozen"
     """Gradient through the vision tower, for --patches: frozen (attention patterns and norm scales
     are constants) or plain."""
 

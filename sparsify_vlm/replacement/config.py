@@ -1,4 +1,7 @@
-"""What `evaluate` can be told. Read without importing torch, so that its help is quick."""
+"""What `evaluate` can be told, and what all tell that put a coder into its model.
+
+Read without importing torch, so that its help is quick.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,40 @@ INPUT_SITES = ("mlp_in", "resid_mid", "mlp_out")
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(DataConfig):
+class ReplacedConfig:
+    """A coder's model, and where it runs; see `load_replacement`."""
+
+    model: str | None = None
+    """Model. Default: the one the coder was trained on."""
+
+    device: str | None = None
+    """Where the model and the coder run. Default: cuda if there, else cpu."""
+
+    dtype: str | None = None
+    """Type of the model's numbers. Default: float32 on a CPU, bfloat16 elsewhere."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the model on the Hub."""
+
+    hf_token: str | None = field(default=None, repr=False)
+    """Access token for gated or private models."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    load_in_8bit: bool = False
+    """Quantise the model's weights to 8 bits (needs bitsandbytes)."""
+
+    load_in_4bit: bool = False
+    """Quantise the model's weights to 4 bits (NF4)."""
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(ReplacedConfig, DataConfig):
     """What is measured, on which tokens."""
 
     clt: str
     """Coder: a folder or a Hub id, in any readable format."""
-
-    model: str | None = None
-    """Model. Default: the one the coder was trained on."""
 
     output: str = "eval.json"
     """File the figures are written to."""
@@ -46,27 +75,6 @@ class EvaluateConfig(DataConfig):
     """Where the coder reads: mlp_in (the MLP's input, after its norm), resid_mid (before the norm)
     or mlp_out (the MLP's output). Default: what the checkpoint says; mlp_in for transcoders that do
     not say it."""
-
-    device: str | None = None
-    """Where the model and the coder run. Default: cuda if there, else cpu."""
-
-    dtype: str | None = None
-    """Type of the model's numbers. Default: float32 on a CPU, bfloat16 elsewhere."""
-
-    revision: str | None = None
-    """Branch, tag or commit of the model on the Hub."""
-
-    hf_token: str | None = field(default=None, repr=False)
-    """Access token for gated or private models."""
-
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
-
-    load_in_8bit: bool = False
-    """Quantise the model's weights to 8 bits (needs bitsandbytes)."""
-
-    load_in_4bit: bool = False
-    """Quantise the model's weights to 4 bits (NF4)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

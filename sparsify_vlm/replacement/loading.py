@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from sparsify_vlm.coders import Clt
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.models import load_model
+from sparsify_vlm.replacement.config import ReplacedConfig
 from sparsify_vlm.replacement.model import VLMReplacementModel
 
 
-class ModelFlags(Protocol):
-    """The model, and where it runs; see `load_model`."""
-
-    model: str | None
-    device: str | None
-    dtype: str | None
-    revision: str | None
-    hf_token: str | None
-    trust_remote_code: bool
-    load_in_8bit: bool
-    load_in_4bit: bool
-
-
-def load_replacement(cfg: ModelFlags, clt: Clt, given: str) -> VLMReplacementModel:
+def load_replacement(cfg: ReplacedConfig, clt: Clt, given: str) -> VLMReplacementModel:
     """`clt`, which the user `given` as this, in the model of `cfg`: by default its own."""
     name = cfg.model or clt.cfg.model
     if name is None:
