@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from sparsify_vlm.analysis.ablation_tables import (
+    fvu_contrasts,
     fvu_intervals,
     fvu_table,
     loss_intervals,
@@ -77,7 +78,7 @@ def ablation(
     plt: Clt | str | Path | None = None,
     fit_data: Tokens | DataConfig | ActivationStore | str | Path | None = None,
     measured: Activity | None = None,
-    draws: int = 3,
+    draws: int = 5,
     ridge: Sequence[float] = RIDGE,
     reach: Sequence[int] | None = None,
     refitting: bool | None = None,
@@ -142,7 +143,8 @@ def ablation(
 def _outcome(
     found: ReconstructionSums, losses: SplicedSums | None, notes: Sequence[str], seed: int
 ) -> Ablated:
-    intervals = fvu_intervals(found, seed) | refit_recovers(found, seed)
+    intervals = fvu_intervals(found, seed) | fvu_contrasts(found, seed)
+    intervals |= refit_recovers(found, seed)
     tables = {"fvu_comparison": fvu_table(found, seed)}
     if losses is not None:
         intervals |= loss_intervals(losses, seed)
@@ -328,8 +330,11 @@ def _deletion_notes(deletions: Sequence[Deletion], found: ReconstructionSums) ->
         fvu = torch.from_numpy(errors[:, 0] / found.total[:, 0].sum(0)).nanmean(1)
         each = ", ".join(f"{value:.4f}" for value in fvu.tolist())
         notes.append(
-            f"FVU of the random deletions, one by one: {each}; their interval is of samples."
+            f"FVU of the random deletions, one by one: {each}; their interval is of samples and of "
+            "the mean over deletions."
         )
+    else:
+        notes.append("With one random deletion its interval is of samples only.")
     return notes
 
 
@@ -350,5 +355,7 @@ def _splice_notes(losses: SplicedSums | None) -> list[str]:
         )
     ]
     if losses.one_layer.size:
-        notes.append("One-layer splices take the first random deletion.")
+        notes.append(
+            "One-layer splices take the first random deletion; their interval is of samples only."
+        )
     return notes

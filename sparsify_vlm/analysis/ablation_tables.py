@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from sparsify_vlm.analysis.arm_intervals import (
+    WITH_DRAWS,
+    added_error,
+    fvu_of,
+    of_error,
+    of_losses,
+    place,
+    with_draws,
+)
 from sparsify_vlm.analysis.bootstrap import Intervals, intervals
 from sparsify_vlm.analysis.reconstruction import ReconstructionSums
 from sparsify_vlm.analysis.spliced import SUMS, SplicedSums
@@ -15,44 +25,63 @@ from sparsify_vlm.analysis.tokens import ROLES
 Array = np.ndarray
 N, CE, KL, SAME = range(len(SUMS))
 FVU_COLUMNS = ("layer", "arm", "role", "fvu", "low", "high")
+CONTRASTS = (("same_only", "random_deletion"), ("same_only", "plt"))
+"""Pairs of arms whose FVU is compared."""
 LOSS_COLUMNS = (
     *("arm", "scope", "layer", "ce", "delta_ce", "kl", "top1_match", "low", "high", "n_tokens"),
 )
 
 
-def mean_over(values: Array, axis: int) -> Array:
-    """The mean of what is not NaN; NaN where nothing is."""
-    known = np.isfinite(values)
-    count = known.sum(axis)
-    total = np.where(known, values, 0.0).sum(axis)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def fvu_of(error: Array, total: Array) -> Array:
-    """Mean over layers of the FVU, [R, A, roles], of sums error [R, A, roles, T], total
-    [R, roles, T]."""
-    return mean_over(error / total[:, None], -1)
-
-
 def fvu_intervals(sums: ReconstructionSums, seed: int = 0) -> dict[str, Intervals]:
     """By name: fvu.<arm>, fvu_difference.<arm> (less the full coder's) and fvu_increase.<arm> (the
-    same as a share of the full coder's), each for all tokens and with `.<role>`."""
+    same as a share of the full coder's), each for all tokens and with `.<role>`; and by role
+    error_difference.<arm>.<role> (`added_error`)."""
     full = sums.arms.index("full")
 
-    def figures(error: Array, total: Array) -> Array:
+    def figures(error: Array, total: Array, tokens: Array) -> Array:
         fvu = fvu_of(error, total)
         difference = fvu - fvu[:, full, None]
-        return np.stack([fvu, difference, difference / fvu[:, full, None]], 1)
+        increase = difference / fvu[:, full, None]
+        return np.stack([fvu, difference, increase, added_error(error, total, tokens, full)], 1)
 
-    found = intervals(figures, sums.error, sums.total, seed=seed)
+    found = of_error(figures, sums, 1, seed)
     named = {}
-    for i, name in enumerate(("fvu", "fvu_difference", "fvu_increase")):
+    for i, name in enumerate(("fvu", "fvu_difference", "fvu_increase", "error_difference")):
         for a, arm in enumerate(sums.arms):
             for r, role in enumerate(ROLES):
+                if name == "error_difference" and role == "all":
+                    continue  # fvu_difference, once more
                 if name == "fvu" or arm != "full":
                     end = "" if role == "all" else f".{role}"
-                    named[f"{name}.{arm}{end}"] = place(found, i, a, r)
+                    over = _over(sums.draws, arm)
+                    named[f"{name}.{arm}{end}"] = place(found, i, a, r, over=over)
     return named
+
+
+def _over(draws: Mapping[str, Array], *arms: str) -> str | None:
+    """What the interval of these arms is over, where it is not samples alone."""
+    return WITH_DRAWS if set(arms) & set(draws) else None
+
+
+def fvu_contrasts(sums: ReconstructionSums, seed: int = 0) -> dict[str, Intervals]:
+    """fvu_contrast.<a>-<b> of CONTRASTS: the FVU of one arm less that of another, of the same
+    samples."""
+    pairs = [pair for pair in CONTRASTS if set(pair) <= set(sums.arms)]
+    if not pairs:
+        return {}
+    at = np.array([[sums.arms.index(arm) for arm in pair] for pair in pairs])
+
+    def figures(error: Array, total: Array, tokens: Array) -> Array:
+        fvu = fvu_of(error, total)[..., 0]
+        return fvu[:, at[:, 0]] - fvu[:, at[:, 1]]
+
+    touched = {arm: (at == sums.arms.index(arm)).any(1) for arm in sums.draws}
+    found = intervals(figures, sums.error, sums.total, sums.tokens, seed=seed)
+    found = with_draws(found, figures, sums, touched)
+    return {
+        f"fvu_contrast.{a}-{b}": place(found, i, over=_over(sums.draws, a, b))
+        for i, (a, b) in enumerate(pairs)
+    }
 
 
 def refit_recovers(sums: ReconstructionSums, seed: int = 0) -> dict[str, Intervals]:
@@ -75,7 +104,11 @@ def refit_recovers(sums: ReconstructionSums, seed: int = 0) -> dict[str, Interva
 
 def fvu_table(sums: ReconstructionSums, seed: int = 0) -> Table:
     """The table "fvu_comparison"."""
-    found = intervals(lambda e, t: e / t[:, None], sums.error, sums.total, seed=seed)
+
+    def figures(error: Array, total: Array, tokens: Array) -> Array:
+        return error / total[:, None]
+
+    found = of_error(figures, sums, 0, seed)
     rows = []
     for a, arm in enumerate(sums.arms):
         for r, role in enumerate(ROLES):
@@ -107,13 +140,13 @@ def loss_intervals(sums: SplicedSums, seed: int = 0) -> dict[str, Intervals]:
         more = (delta - delta[:, full, None], kl - kl[:, full, None])
         return np.stack([mean[..., CE], delta, kl, mean[..., SAME], *more], 1)
 
-    found = intervals(figures, sums.model, sums.all_layers, seed=seed)
+    found = of_losses(figures, sums, seed)
     names = ("ce", "delta_ce", "kl", "top1", "delta_ce_difference", "kl_difference")
     named = {"ce.model": intervals(lambda own: own[:, CE] / own[:, N], sums.model, seed=seed)}
     for i, name in enumerate(names):
         for a, arm in enumerate(sums.arms):
             if not (name.endswith("difference") and arm == "full"):
-                named[f"{name}.{arm}"] = place(found, i, a)
+                named[f"{name}.{arm}"] = place(found, i, a, over=_over(sums.draws, arm))
     if sums.one_layer.size:
         single = intervals(
             lambda own, one: one_layer_means(own, one).mean(-1),
@@ -166,9 +199,3 @@ def _loss_rows(
                 | {"delta_ce": one.value, "low": one.low, "high": one.high}
             )
     return rows
-
-
-def place(found: Intervals, *at: int) -> Intervals:
-    """One entry, as scalars."""
-    value, low, high = (np.asarray(v[at]) for v in (found.value, found.low, found.high))
-    return Intervals(value, low, high, found.n, found.over)

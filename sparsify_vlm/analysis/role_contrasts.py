@@ -13,9 +13,15 @@ from dataclasses import replace
 import numpy as np
 
 from sparsify_vlm.analysis.ablation import Ablated
-from sparsify_vlm.analysis.ablation_tables import fvu_of, place
 from sparsify_vlm.analysis.activity import Activity
-from sparsify_vlm.analysis.bootstrap import intervals, mean_interval, ratio_difference
+from sparsify_vlm.analysis.arm_intervals import (
+    WITH_DRAWS,
+    added_error,
+    fvu_of,
+    of_error,
+    place,
+)
+from sparsify_vlm.analysis.bootstrap import mean_interval, ratio_difference
 from sparsify_vlm.analysis.decoders import Decoders
 from sparsify_vlm.analysis.features import MEASURES, per_latent
 from sparsify_vlm.analysis.tables import Estimate, Experiment
@@ -99,23 +105,26 @@ def _of_features(decoders: Decoders, activity: Activity, options: dict) -> dict[
 
 
 def ablation_with_roles(experiment: Ablated, activity: Activity, seed: int = 0) -> Experiment:
-    """The ablation with the differences between roles of what an arm adds to the FVU."""
+    """The ablation with the differences between roles of what an arm adds to the FVU, and to the
+    error over the variance of all tokens."""
     sums, roles = experiment.reconstruction, others(activity)
     if sums is None or not roles:
         return experiment
     full, image = sums.arms.index("full"), ROLES.index(IMAGE)
     rest = [ROLES.index(role) for role in roles]
 
-    def apart(error: np.ndarray, total: np.ndarray) -> np.ndarray:
+    def apart(error: np.ndarray, total: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         fvu = fvu_of(error, total)
-        added = fvu - fvu[:, full, None]
-        return added[:, :, image, None] - added[:, :, rest]
+        added = fvu - fvu[:, full, None], added_error(error, total, tokens, full)
+        return np.stack([one[:, :, image, None] - one[:, :, rest] for one in added], 1)
 
-    found = intervals(apart, sums.error, sums.total, seed=seed)
+    found = of_error(apart, sums, 1, seed)
     estimates = dict(experiment.estimates)
-    for a, arm in enumerate(sums.arms):
-        for r, role in enumerate(roles):
-            if arm != "full":
-                name = f"fvu_difference.{arm}.{IMAGE}-{role}"
-                estimates[name] = place(found, a, r).estimate()
+    for i, name in enumerate(("fvu_difference", "error_difference")):
+        for a, arm in enumerate(sums.arms):
+            over = WITH_DRAWS if arm in sums.draws else None
+            for r, role in enumerate(roles):
+                if arm != "full":
+                    one = place(found, i, a, r, over=over).estimate()
+                    estimates[f"{name}.{arm}.{IMAGE}-{role}"] = one
     return replace(experiment, estimates=estimates)

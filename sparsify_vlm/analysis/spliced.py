@@ -9,8 +9,8 @@ Scored are the predictions that `evaluate` scores, excluded tokens keep the mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ class SplicedSums:
     layers: list[int]
     one_layer: np.ndarray
     """[M, A', T, 4], of the first M samples."""
+    draws: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Of arms that are drawn at random: each draw's sums over all samples, [draws, 4]. In
+    `all_layers` is their mean."""
 
 
 @dataclass
@@ -91,20 +94,29 @@ def spliced(
                 single.append(_one_layer(model, one_layer_arms, layers, batch, asked))
             progress.update(len(batch.rows))
     none = torch.zeros(0, len(one_layer_arms), len(layers), len(SUMS))
+    whole = torch.cat(every)
     return SplicedSums(
         arms=list(dict.fromkeys(arm.name for arm in arms)),
         model=torch.cat(own).numpy(),
-        all_layers=_mean_of_draws(arms, torch.cat(every)).numpy(),
+        all_layers=_mean_of_draws(arms, whole).numpy(),
         one_layer_arms=list(dict.fromkeys(arm.name for arm in one_layer_arms)),
         layers=layers,
         one_layer=_mean_of_draws(one_layer_arms, torch.cat([*single, none])).numpy(),
+        draws={
+            name: whole[:, at].sum(0).numpy() for name, at in _by_name(arms).items() if len(at) > 1
+        },
     )
+
+
+def _by_name(arms: Sequence[Arm]) -> dict[str, list[int]]:
+    """Places of the arms of each name, in order."""
+    names = dict.fromkeys(arm.name for arm in arms)
+    return {name: [i for i, arm in enumerate(arms) if arm.name == name] for name in names}
 
 
 def _mean_of_draws(arms: Sequence[Arm], sums: Tensor) -> Tensor:
     """sums [N, A, …] with arms of one name made one."""
-    names = list(dict.fromkeys(arm.name for arm in arms))
-    places = [[i for i, arm in enumerate(arms) if arm.name == name] for name in names]
+    places = _by_name(arms).values()
     if not places:
         return sums
     return torch.stack([sums[:, at].mean(1) for at in places], 1)

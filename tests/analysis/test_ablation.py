@@ -12,6 +12,7 @@ from made_up_tokens import D, F, K, L, MadeUp, array, random_clt, top_activation
 from sparsify_vlm.analysis.ablation import Ablated, ablation
 from sparsify_vlm.analysis.activity import activity
 from sparsify_vlm.analysis.deletion import random_deletion, write_energies
+from sparsify_vlm.analysis.role_contrasts import ablation_with_roles
 from sparsify_vlm.analysis.tokens import ROLES
 from sparsify_vlm.coders import Clt
 from sparsify_vlm.errors import UserError
@@ -251,6 +252,100 @@ def test_random_deletion_takes_the_cross_writes_energy_from_every_target() -> No
             values.append(ref.fvu(t, y_hat, tokens.chosen("image")))
         one = fvu_by(found, "random_deletion", "image")[t]
         assert one == pytest.approx(np.mean(values), rel=1e-5)
+
+
+def test_intervals_of_a_random_arm_cover_its_draws() -> None:
+    """Student's interval of the mean of three draws, t(2) = 4.3027, and beside it that of samples,
+    which a single draw has alone. Latents are few: draws differ more than samples do."""
+    clt, tokens = random_clt(), MadeUp(samples=300)
+    for t in range(L):
+        clt.b_dec[t].copy_(tokens.y[t].mean(0))
+    found = ablation(clt, tokens, draws=3, refitting=False)
+    single = ablation(clt, tokens, draws=1, refitting=False).estimates
+    measured, ref = activity(clt, tokens), Reference(clt, tokens)
+    energies = write_energies(clt, measured.energy["all"], measured.sigma)
+    every, values = np.ones(len(tokens.sample), dtype=bool), []
+    for seed in range(3):
+        kept = random_deletion(clt, energies, seed).kept
+        fvu = []
+        for t in range(L):
+            y_hat = np.tile(array(clt.b_dec[t]), (len(every), 1))
+            for s in range(t + 1):
+                y_hat += (ref.acts[s] * kept[s, t - s].numpy()) @ array(clt.W_dec[s][t - s])
+            fvu.append(ref.fvu(t, y_hat, every))
+        values.append(np.mean(fvu))
+    half = 4.3027 * np.std(values, ddof=1) / np.sqrt(3)
+    one = found.estimates["fvu.random_deletion"]
+    assert (one.value, one.over) == (pytest.approx(np.mean(values)), "samples and draws")
+    for name in ("fvu.random_deletion", "fvu_contrast.same_only-random_deletion"):
+        one, of_samples = found.estimates[name], single[name]
+        assert one.low is not None
+        assert one.high is not None
+        assert of_samples.low is not None
+        assert of_samples.high is not None
+        assert of_samples.over == "samples"
+        alone = (of_samples.high - of_samples.low) / 2
+        assert alone < half
+        assert (one.high - one.low) / 2 == pytest.approx(np.hypot(alone, half), rel=0.1)
+    assert found.estimates["fvu.same_only"].over == "samples"
+
+
+def test_arms_are_compared_on_the_same_samples() -> None:
+    """Against a bootstrap written out, of arms whose errors rise and fall together."""
+    clt, tokens = random_clt(), MadeUp(samples=60)
+    plt = random_clt(n_targets=1)
+    found = ablation(clt, tokens, plt=plt, refitting=False, draws=0)
+    ref, other = Reference(clt, tokens), Reference(plt, tokens)
+    errors = [
+        ((r.y[t] - r.y_hat(t, lambda d: d == 0)) ** 2).sum(1)
+        for r in (ref, other)
+        for t in range(L)
+    ]
+    total = [((ref.y[t] - ref.y[t].mean(0)) ** 2).sum(1) for t in range(L)]
+    rows = tokens.sample.numpy()
+    sums = np.array([np.bincount(rows, e) for e in (*errors, *total)]).reshape(3, L, 60)
+    generator, values = np.random.default_rng(5), []
+    for _ in range(2000):
+        drawn = sums[:, :, generator.integers(0, 60, 60)].sum(2)
+        values.append(((drawn[0] - drawn[1]) / drawn[2]).mean())
+    one = found.estimates["fvu_contrast.same_only-plt"]
+    whole = sums.sum(2)
+    assert one.value == pytest.approx(((whole[0] - whole[1]) / whole[2]).mean(), rel=1e-5)
+    low, high = np.quantile(values, [0.025, 0.975])
+    assert one.low == pytest.approx(low, abs=0.15 * (high - low))
+    assert one.high == pytest.approx(high, abs=0.15 * (high - low))
+
+
+def test_error_of_a_role_over_the_variance_of_all_tokens() -> None:
+    """Image tokens that hardly vary: a small error is a large part of their own variance."""
+    clt, tokens = random_clt(scale=0.1), MadeUp(samples=60)
+    image = tokens.chosen("image")
+    tokens.y[:, image] = 20 + 0.1 * (tokens.y[:, image] - 20)
+    found = ablation(clt, tokens, refitting=False, draws=0)
+    ref, values = Reference(clt, tokens), []
+    for t in range(L):
+        added = sum(
+            sign * ((ref.y[t] - ref.y_hat(t, keep)) ** 2).sum(1)
+            for sign, keep in ((1, lambda d: d == 0), (-1, lambda d: True))
+        )
+        variance = ((ref.y[t] - ref.y[t].mean(0)) ** 2).sum(1).mean()
+        values.append([added[tokens.chosen(role)].mean() / variance for role in ROLES])
+    for role, value in zip(ROLES, np.mean(values, 0), strict=True):
+        if role != "all":
+            one = found.estimates[f"error_difference.same_only.{role}"]
+            assert one.value == pytest.approx(value, rel=1e-4)
+            assert one.low is not None
+            assert one.low < value
+    apart = ablation_with_roles(found, activity(clt, tokens)).estimates
+    difference = apart["error_difference.same_only.image-text"]
+    own = apart["fvu_difference.same_only.image-text"]
+    means = np.mean(values, 0)
+    assert difference.value == pytest.approx(
+        means[ROLES.index("image")] - means[ROLES.index("text")], rel=1e-3
+    )
+    assert own.value is not None
+    assert difference.value is not None
+    assert abs(own.value) > 5 * abs(difference.value)
 
 
 def test_another_coder_beside_it() -> None:

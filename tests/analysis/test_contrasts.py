@@ -52,6 +52,38 @@ def test_mean_over_seeds_is_students() -> None:
     assert over_seeds([one]) is one
 
 
+def test_seeds_that_share_their_samples_share_their_error() -> None:
+    """Coders with scatter 0.1 measured on the same samples, whose error is 0.5: the mean is off by
+    sqrt(0.1²/3 + 0.5²), and the interval must hold the truth nearly always."""
+    rng = np.random.default_rng(2)
+    inside = alone = 0
+    for _ in range(500):
+        shared = rng.normal(0.0, 0.5)
+        values = (shared + rng.normal(0.0, 0.1, 3)).tolist()
+        seeds = [Estimate(v, v - 0.98, v + 0.98, 100, "samples") for v in values]
+        found, bare = over_seeds(seeds), over_seeds([Estimate(v) for v in values])
+        assert found.low is not None
+        assert found.high is not None
+        assert bare.low is not None
+        assert bare.high is not None
+        inside += found.low <= 0 <= found.high
+        alone += bare.low <= 0 <= bare.high
+    assert alone / 500 < 0.6  # the spread of seeds alone says too little
+    assert 0.94 <= inside / 500 <= 0.99
+    assert found.over == "seeds, and over samples"
+
+
+def test_samples_widen_a_difference_of_groups() -> None:
+    """No scatter between seeds: what is left are the two sides' samples, here 0.3 and 0.4."""
+    a = [Estimate(5.0, 4.7, 5.3, 50, "samples")] * 3
+    b = [Estimate(2.0, 1.6, 2.4, 50, "samples and draws")] * 3
+    found = seeds_difference(a, b)
+    assert (found.low, found.high) == (pytest.approx(2.5), pytest.approx(3.5))
+    layers = [Estimate(5.0, 4.7, 5.3, 8, "source layers")] * 3
+    assert over_seeds(layers).low == 5.0
+    assert over_seeds(layers).over == "seeds"
+
+
 def test_difference_over_seeds_is_welchs() -> None:
     """Variances 1 and 4 of three values each: Satterthwaite's degrees of freedom are
     (1/3 + 4/3)² / ((1/3)²/2 + (4/3)²/2) = 2.94, taken as 2."""
