@@ -225,7 +225,7 @@ def _evaluate(cfg: DemoConfig, folder: Path, name: str) -> dict[str, Any]:
 
 def _inspect(cfg: DemoConfig, folder: Path) -> None:
     """Write concepts.json, decoders.json and the pictures the report shows."""
-    from sparsify_vlm.analysis.weights import decoder_norms
+    from sparsify_vlm.analysis.decoders import mean_write_norms
     from sparsify_vlm.coders import load_clt
     from sparsify_vlm.data import DataConfig, ShapesDataset, batches, open_samples
     from sparsify_vlm.data.shapes import PATCH_GRID
@@ -236,7 +236,7 @@ def _inspect(cfg: DemoConfig, folder: Path) -> None:
 
     loaded, clt = load_model(MODEL), load_clt(folder / "clt")
     layers = json.loads((folder / "clt.eval.json").read_text("utf-8"))["layers"]
-    norms = decoder_norms(clt, [layer["sigma"] for layer in layers])
+    norms = mean_write_norms(clt, [layer["sigma"] for layer in layers])
     write_json(folder / "decoders.json", {"mean_norm_by_sigma": norms})
 
     rows = ShapesDataset("heldout", cfg.heldout_scenes)

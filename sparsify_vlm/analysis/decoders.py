@@ -132,3 +132,18 @@ def compiled_products(block: Tensor, squared: Tensor, with_first: Tensor) -> Non
 @cache
 def _products() -> Callable[[Tensor, Tensor, Tensor], None]:
     return compiled_products if compiled.available() else products
+
+
+def mean_write_norms(coder: Coder, sigma: Sequence[float]) -> list[list[float | None]]:
+    """Mean over latents of ‖W_{s→t}[i]‖ / σ_t, as [source layer][target layer].
+
+    W_{s→t}[i] is all that latent i, with activation 1, adds to ŷ_t; σ_t is the standard deviation
+    of y_t. None where a source does not write to a target.
+    """
+    decoders = read_decoders(coder)
+    n_layers = decoders.cfg.n_layers
+    norms: list[list[float | None]] = [[None] * n_layers for _ in range(n_layers)]
+    for source in decoders.sources:
+        for t, mean in zip(source.targets, source.squared.sqrt().mean(0).tolist(), strict=True):
+            norms[source.source][t] = mean / sigma[t]
+    return norms

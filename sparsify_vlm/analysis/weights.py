@@ -39,7 +39,6 @@ from sparsify_vlm.analysis.writes import (
 
 if TYPE_CHECKING:
     from sparsify_vlm.analysis.activity import Activity
-    from sparsify_vlm.coders import Clt
 
 HEATMAP = ("source", "target", "variant", "mean_norm", "squared_share")
 WITH_DATA = ("energy_share", "block_share")
@@ -210,24 +209,3 @@ def _distribution(layers: Sequence[_Layer]) -> Table:
         for i, count in enumerate(layer.histogram[variant])
     ]
     return Table.from_rows(rows, ("source", "variant", "bin", "count"))
-
-
-def decoder_norms(clt: Clt, sigma: Sequence[float]) -> list[list[float | None]]:
-    """Mean over latents of ‖W_{s→t}[i]‖ / σ_t, as [source layer][target layer].
-
-    W_{s→t} is all that a unit written by a latent adds to ŷ_t, in the units of y_t.
-
-    Args:
-        clt: a cross-layer transcoder of L layers.
-        sigma: the standard deviation σ_t of each of the L targets.
-
-    Returns:
-        L × L numbers; None where the source does not write to the target.
-    """
-    n_layers = clt.cfg.n_layers
-    norms: list[list[float | None]] = [[None] * n_layers for _ in range(n_layers)]
-    for target in range(n_layers):
-        for source, k in clt.cfg.sources(target):
-            mean = clt.decoder_matrix(source, k).norm(dim=1).mean()
-            norms[source][target] = float(mean / sigma[target])
-    return norms
