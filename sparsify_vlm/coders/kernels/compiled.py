@@ -133,22 +133,15 @@ def backward_adam(
         eps,
     )
     hyper = tuple(np.array(numbers, np.float64 if W.dtype == torch.float64 else np.float32))
-    loop = _loops("products").backward_adam
+    keys: list[np.ndarray | None] = [None, None]
     if exp_avg.dtype == torch.bfloat16:
-        loop = _loops("products").backward_adam_bfloat16
         rows, columns = W.shape
-        keys = rounding.row_keys(step, rows, W.device), rounding.column_keys(columns, W.device)
-        arrays += [key.view(torch.uint32).numpy() for key in keys]
-        arrays += [np.uint32(rounding.MULTIPLIER)]
+        drawn = rounding.row_keys(step, rows, W.device), rounding.column_keys(columns, W.device)
+        keys = [key.view(torch.uint32).numpy() for key in drawn]
+    arrays += [*keys, np.uint32(rounding.MULTIPLIER)]
+    loop = _loops("products").backward_adam
     over_rows(lambda lo, hi: loop(*arrays, hyper, lo, hi), _latent_costs(start, ADAM_ROW_COST))
     return dots
-
-
-def totals(order: Tensor, start: Tensor, values: Tensor) -> Tensor:
-    """[F]: Σ values over the entries of each latent."""
-    out = values.new_empty(len(start) - 1)
-    _loops("products").totals(*map(_array, (out, order, start, values)))
-    return out
 
 
 def top(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:

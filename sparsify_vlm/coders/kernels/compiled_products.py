@@ -224,44 +224,18 @@ def backward_adam(
     W: Array,
     m: Array,
     v: Array,
-    hyper: Numbers,
-    lo: int,
-    hi: int,
-) -> None:
-    """Gradient and update of latents lo:hi. What is None is left out when this is compiled."""
-    g = np.empty(W.shape[1], W.dtype)
-    for i in range(lo, hi):
-        _ask_for_rows(W, m, v, i + AHEAD)
-        if dots is None:
-            _gradient(g, G, order, token, values, start[i], start[i + 1])
-        else:
-            _gradient_and_dots(g, dots, G, order, token, values, W[i], start[i], start[i + 1])
-        if decay is not None:
-            _add(g, decay[i], W[i])
-        _adam(W[i], g, m[i], v[i], hyper)
-
-
-@loops(SUMS)
-def backward_adam_bfloat16(
-    dots: Array | None,
-    decay: Array | None,
-    G: Array,
-    order: Array,
-    start: Array,
-    token: Array,
-    values: Array,
-    W: Array,
-    m: Array,
-    v: Array,
-    row_keys: Array,
-    column_keys: Array,
+    row_keys: Array | None,
+    column_keys: Array | None,
     multiplier: Any,
     hyper: Numbers,
     lo: int,
     hi: int,
 ) -> None:
-    """`backward_adam` with bfloat16 moments, as uint16; what `rounding` takes as uint32. Its
-    multiplier is given: numba would keep an old one until this file changes."""
+    """Gradient and update of latents lo:hi. What is None is left out when this is compiled.
+
+    With the keys, which `rounding` takes as uint32, the moments are bfloat16, as uint16. Its
+    multiplier is given: numba would keep an old one until this file changes.
+    """
     g = np.empty(W.shape[1], W.dtype)
     for i in range(lo, hi):
         _ask_for_rows(W, m, v, i + AHEAD)
@@ -271,17 +245,10 @@ def backward_adam_bfloat16(
             _gradient_and_dots(g, dots, G, order, token, values, W[i], start[i], start[i + 1])
         if decay is not None:
             _add(g, decay[i], W[i])
-        _adam_bfloat16(W[i], g, m[i], v[i], hyper, row_keys[i], column_keys, multiplier)
-
-
-@loops()
-def totals(out: Array, order: Array, start: Array, values: Array) -> None:
-    """out[i] = Σ values over the entries of latent i."""
-    for i in range(len(out)):
-        total = out.dtype.type(0)
-        for s in range(start[i], start[i + 1]):
-            total += values[order[s]]
-        out[i] = total
+        if row_keys is None:
+            _adam(W[i], g, m[i], v[i], hyper)
+        else:
+            _adam_bfloat16(W[i], g, m[i], v[i], hyper, row_keys[i], column_keys, multiplier)
 
 
 @loops()
