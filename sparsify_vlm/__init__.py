@@ -6,28 +6,29 @@ cheap and does not import torch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sparsify_vlm._lazy import lazily
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "UserError": "sparsify_vlm.errors",
-    "load_model": "sparsify_vlm.models",
-    "LoadedModel": "sparsify_vlm.models",
-    "load_clt": "sparsify_vlm.coders",
-    "Clt": "sparsify_vlm.coders",
-    "CltConfig": "sparsify_vlm.coders",
-    "ActivationStore": "sparsify_vlm.data",
-    "ShapesDataset": "sparsify_vlm.data",
-    "VLMReplacementModel": "sparsify_vlm.replacement",
-    "Intervention": "sparsify_vlm.replacement",
-    "PatchIntervention": "sparsify_vlm.replacement",
-    "SteeringVector": "sparsify_vlm.replacement",
-    "attribute": "sparsify_vlm.graphs",
-    "AttributionGraph": "sparsify_vlm.graphs",
-    "analyze": "sparsify_vlm.studies",
-    "compare": "sparsify_vlm.studies",
+    "UserError": "errors",
+    "load_model": "models",
+    "LoadedModel": "models",
+    "load_clt": "coders",
+    "Clt": "coders",
+    "CltConfig": "coders",
+    "ActivationStore": "data",
+    "ShapesDataset": "data",
+    "VLMReplacementModel": "replacement",
+    "Intervention": "replacement",
+    "PatchIntervention": "replacement",
+    "SteeringVector": "replacement",
+    "attribute": "graphs",
+    "AttributionGraph": "graphs",
+    "analyze": "studies",
+    "compare": "studies",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -50,12 +51,8 @@ if TYPE_CHECKING:
     from sparsify_vlm.studies import analyze as analyze
     from sparsify_vlm.studies import compare as compare
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'sparsify_vlm' has no attribute '{name}'")
+__getattr__, _names = lazily(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return ["__version__", *_names()]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sparsify_vlm.data.store_format import SHARDS
 from sparsify_vlm.errors import UserError
+from sparsify_vlm.files import sync
 
 
 def lock(folder: Path, shared: bool = False) -> int:
@@ -62,13 +63,4 @@ def append(path: Path, line: str) -> None:
             file.truncate(size)
             raise
     if new:
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Have the names in `folder` on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path.parent)

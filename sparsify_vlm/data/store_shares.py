@@ -22,11 +22,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from sparsify_vlm.data.store_files import lock, sync_folder
+from sparsify_vlm.data.store_files import lock
 from sparsify_vlm.data.store_format import SHARDS, Shard, read_shards, shard_name, tensor_path
 from sparsify_vlm.data.store_writer import StoreWriter, TokenRows
 from sparsify_vlm.errors import UserError
-from sparsify_vlm.files import write_text
+from sparsify_vlm.files import sync, write_text
 
 PATIENCE = 60.0
 """Seconds to wait for another process that opens or joins the store."""
@@ -134,7 +134,7 @@ class Share:
             for kind in shard.sha256:
                 _move(tensor_path(part, shard.name, kind), tensor_path(self.path, name, kind))
             joined = [*joined, replace(shard, name=name)]
-        sync_folder(self.path)
+        sync(self.path)
         write_text(self.path / SHARDS, "".join(shard.line() for shard in joined))
         self.store.shards = joined
         self.store.declare_complete(left_out)

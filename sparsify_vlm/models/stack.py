@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sparsify_vlm.errors import UserError
+from sparsify_vlm.models.forwards import replace_forward
 from sparsify_vlm.models.patches import ImageLayout
 from sparsify_vlm.models.roles import token_roles
 
@@ -225,19 +227,7 @@ class _Swap:
             self._undo.pop()()
 
     def _set(self, module: Module, around: Callable[..., Tensor]) -> None:
-        own, was = module.forward, module.__dict__.get("forward")
-
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            return around(own, *args, **kwargs)
-
-        def restore() -> None:
-            if was is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = was
-
-        module.__dict__["forward"] = forward
-        self._undo.append(restore)
+        self._undo.append(replace_forward(module, partial(around, module.forward)))
 
     def _keep(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.stream = _first(args, kwargs)

@@ -22,12 +22,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsify_vlm.errors import UserError
+from sparsify_vlm.models.forwards import replace_forward
 
 if TYPE_CHECKING:
     from sparsify_vlm.models import LoadedModel
@@ -246,16 +248,4 @@ def _centred(h: Tensor) -> Tensor:
 
 def _wrap(module: nn.Module, around: Callable[[nn.Module, Any, Tensor], Tensor]) -> Any:
     """Put `around` in the place of a module's `forward`; returns what puts it back."""
-    own, was = module.forward, module.__dict__.get("forward")
-
-    def forward(h: Tensor) -> Tensor:
-        return around(module, own, h)
-
-    def restore() -> None:
-        if was is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = was
-
-    module.__dict__["forward"] = forward
-    return restore
+    return replace_forward(module, partial(around, module, module.forward))

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sparsify_vlm.errors import UserError
-from sparsify_vlm.files import write_json, write_tensors
+from sparsify_vlm.files import sync, write_json, write_tensors
 
 RUN_FORMAT, STATE_FORMAT, VERSION = "sparsify-vlm run", "sparsify-vlm resume state", 2
 _STATE = re.compile(r"step-(\d{8,})")
@@ -210,11 +210,7 @@ def _write_state(final: Path, plain: Mapping[str, Any], tensors: dict[str, Tenso
         os.replace(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def _read(path: Path, form: str) -> dict[str, Any]:
