@@ -18,6 +18,7 @@ from typing import Any
 from sparsify_vlm import __version__
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.flags import HelpRequested, UsageError, parse
+from sparsify_vlm.pipes import readers_may_leave
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 
@@ -218,6 +219,11 @@ def main(argv: Sequence[str] | None = None, program: str = "sparsify-vlm") -> in
     0: done; 1: something given cannot be used; 2: the command line cannot be read; 130: Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    with readers_may_leave():
+        return _main(argv, program)
+
+
+def _main(argv: list[str], program: str) -> int:
     name = argv[0] if argv else "--help"
     if name in ("-h", "--help"):
         return _print(_overview(program))
@@ -231,7 +237,8 @@ def main(argv: Sequence[str] | None = None, program: str = "sparsify-vlm") -> in
 
 def run_as_sparsify() -> int:
     """`python -m sparsify …` and the script `sparsify`, when the job is ours: `train`."""
-    return run_command(COMMANDS["train"], sys.argv[1:], "python -m sparsify")
+    with readers_may_leave():
+        return run_command(COMMANDS["train"], sys.argv[1:], "python -m sparsify")
 
 
 def run_command(command: Command, argv: Sequence[str], program: str) -> int:
@@ -277,14 +284,11 @@ def _told_in_one_line(command: Command, debug: bool) -> Iterator[_Outcome]:
     outcome = _Outcome()
     try:
         yield outcome
-        sys.stdout.flush()
     except HelpRequested as request:
         outcome.status = _print(request.text)
     except KeyboardInterrupt:
         hint = f"; {command.after_interrupt}" if command.after_interrupt else ""
         outcome.status = _fail(f"interrupted{hint}", INTERRUPTED)
-    except BrokenPipeError:
-        outcome.status = _output_unwanted()
     except Exception as error:
         line = _line_for(error)
         if debug or line is None:
@@ -341,18 +345,9 @@ def _only_first_rank_prints() -> Iterator[None]:
 
 
 def _print(text: str) -> int:
-    try:
-        if _rank() == 0:
-            print(text.rstrip("\n"), flush=True)
-    except BrokenPipeError:
-        return _output_unwanted()
+    if _rank() == 0:
+        print(text.rstrip("\n"))
     return 0
-
-
-def _output_unwanted() -> int:
-    """The reader of our output has seen enough (`| head`): say nothing more, not even at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 1
 
 
 def _fail(what: object, status: int) -> int:

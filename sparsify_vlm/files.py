@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,11 +35,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def check_output(flag: str, name: str, replaceable: Callable[[str], bool]) -> None:
@@ -53,9 +55,25 @@ def check_output(flag: str, name: str, replaceable: Callable[[str], bool]) -> No
         text = path.read_text(encoding="utf-8", errors="replace")
         if text and not replaceable(text):
             raise UserError(f"{flag} {name} is there and holds something else: give another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{flag} {name}: {path.parent} cannot be written to")
+    check_writable(flag, name, path.parent)
+
+
+def check_writable(flag: str, name: str, folder: Path) -> None:
+    """Raise `UserError`, before any work, unless `folder` is there or can be made, and written to.
+
+    What is made to find out is removed again: a run that is interrupted leaves nothing behind.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{flag} {name}: {folder} cannot be written to")
+    except OSError as error:
+        raise UserError(f"{flag} {name}: {error.strerror}") from error
+    finally:
+        for path in missing:
+            with suppress(OSError):  # others may be making something there
+                path.rmdir()
 
 
 def has_format(text: str, format: str) -> bool:

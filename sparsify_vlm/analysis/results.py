@@ -18,7 +18,7 @@ from typing import Any
 
 from sparsify_vlm.analysis.tables import Estimate, Experiment, Table
 from sparsify_vlm.errors import UserError
-from sparsify_vlm.files import write_atomically, write_json, write_text
+from sparsify_vlm.files import check_writable, write_atomically, write_json, write_text
 
 FORMAT, VERSION = "sparsify-vlm analysis", 1
 RESULTS, DATA = "results.json", "data"
@@ -133,10 +133,7 @@ def check_folder(flag: str, name: str, kind: str) -> Path:
             found = None
         if found != kind:
             raise UserError(f"{flag} {name} holds something else ({RESULTS}): give another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {name}: {error.strerror}") from error
+    check_writable(flag, name, folder)
     return folder
 
 
