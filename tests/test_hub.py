@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from huggingface_hub import constants
 
+from sparsify_vlm.errors import UserError
 from sparsify_vlm.hub import offline_if_unreachable
+from sparsify_vlm.models import load_model
+from sparsify_vlm.models.skeleton import read_skeleton
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +58,17 @@ def test_with_an_address_or_a_proxy_nothing_changes(monkeypatch: pytest.MonkeyPa
     offline_if_unreachable()
     assert asked == []
     assert not constants.is_offline_mode()
+
+
+@pytest.mark.parametrize("read", [load_model, read_skeleton])
+def test_a_model_is_not_asked_for_in_vain(
+    read: Callable[[str], object],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Neither by what loads it nor by what reads its sizes: no line of a retry."""
+    resolves(monkeypatch, works=False)
+    with pytest.raises(UserError, match="not in the local cache"):
+        read("nobody/no-such-model")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "looking in the local cache only" in line

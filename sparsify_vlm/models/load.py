@@ -145,8 +145,6 @@ def load_model(
     if where.startswith("cpu"):
         keep_freed_memory()
     path = ALIASES.get(name_or_path, name_or_path)
-    if not Path(path).is_dir():
-        offline_if_unreachable()
     with explained(name_or_path):
         config = _config(path, source)
         _check_width(name_or_path, config, bits)
@@ -197,7 +195,9 @@ def _dtype(dtype: str | torch.dtype | None, device: str) -> str | torch.dtype:
 def _config(path: str, source: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+    if not Path(path).is_dir():
+        offline_if_unreachable()
+    elif not (Path(path) / "config.json").is_file():
         raise UserError(f"folder '{path}' holds no model: it has no config.json ({WAY_OUT})")
     return AutoConfig.from_pretrained(path, **source)
 
