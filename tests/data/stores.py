@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparsify_vlm.data import store_writer
 from sparsify_vlm.data.store_writer import StoreWriter, TokenRows, disk_errors_told
 
 LAYERS, WIDTH = 3, 8
@@ -70,6 +74,24 @@ def make(n_batches: int, samples: int = 2, seed: int = 0, dtype: Any = torch.bfl
         torch.cat([b.y for b in batches], 1),
         torch.cat([b.input_ids for b in batches]),
     )
+
+
+def die_before(moment: int) -> Callable[[Callable], Callable]:
+    """Have this process die without any clean-up before its `moment`-th fsync, rename or append;
+    returns what makes other functions count as well."""
+    moments = count(1)  # next() is atomic: two threads write
+
+    def mortal(function: Callable) -> Callable:
+        def call(*args: object, **kwargs: object) -> object:
+            if next(moments) == moment:
+                os._exit(9)
+            return function(*args, **kwargs)
+
+        return call
+
+    os.fsync, os.replace = mortal(os.fsync), mortal(os.replace)
+    store_writer.append = mortal(store_writer.append)
+    return mortal
 
 
 def write(folder: Path, made: Made, shard_tokens: int = 40, **changes: Any) -> Path:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from itertools import count
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from stores import Made, contents, make, manifest, write
+from stores import Made, contents, die_before, make, manifest, write
 
-from sparsify_vlm.data import ActivationStore, store_writer
+from sparsify_vlm.data import ActivationStore
 from sparsify_vlm.data.store_format import read_shards
 from sparsify_vlm.data.store_shares import Share, has_parts
 from sparsify_vlm.data.store_writer import StoreWriter
@@ -96,19 +95,8 @@ def _mortal(folder: Path, rank: int, world: int, moment: int) -> int:
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    moments = count(1)  # next() is atomic: two threads write
-
-    def mortal(function: Callable) -> Callable:
-        def call(*args: object, **kwargs: object) -> object:
-            if next(moments) == moment:
-                os._exit(9)
-            return function(*args, **kwargs)
-
-        return call
-
-    os.fsync, os.replace = mortal(os.fsync), mortal(os.replace)
+    mortal = die_before(moment)
     os.unlink = os.rmdir = mortal(os.unlink)
-    store_writer.append = mortal(store_writer.append)
     try:
         run(folder, rank, world)
     finally:

@@ -6,12 +6,11 @@ import errno
 import os
 import time
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-from stores import LAYERS, Made, contents, make, manifest, write
+from stores import LAYERS, Made, contents, die_before, make, manifest, write
 
 from sparsify_vlm.data import store_writer
 from sparsify_vlm.data.store_writer import StoreWriter
@@ -40,18 +39,7 @@ def _in_child(work: Callable[[], None]) -> int:
 
 def _write_until(folder: Path, moment: int) -> None:
     """Write the store; die without any clean-up before the `moment`-th fsync, rename or append."""
-    moments = count(1)  # next() is atomic: two threads write
-
-    def mortal(function: Callable) -> Callable:
-        def call(*args: object, **kwargs: object) -> object:
-            if next(moments) == moment:
-                os._exit(9)
-            return function(*args, **kwargs)
-
-        return call
-
-    os.fsync, os.replace = mortal(os.fsync), mortal(os.replace)
-    store_writer.append = mortal(store_writer.append)
+    die_before(moment)
     write(folder, MADE)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -118,26 +116,10 @@ def test_a_missing_stage_is_said(folder: Path) -> None:
         write_report(folder)
 
 
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    driver_path = shutil.which("chromedriver")
-    assert driver_path, "chromedriver is missing: run scripts/install_chromium.sh"
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking"):
-        options.add_argument(f"--{flag}")
-    options.add_argument("--window-size=1280,1000")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, Service(driver_path))
-    yield driver
-    driver.quit()
-
-
 @pytest.mark.slow
-def test_it_opens_without_errors_and_fits_1280_pixels(folder: Path, browser: Any) -> None:
+def test_it_opens_without_errors_and_fits_1280_pixels(folder: Path, chromium: Any) -> None:
+    browser = chromium
+    browser.set_window_size(1280, 1000)
     browser.get(write_report(folder).as_uri())
     assert browser.get_log("browser") == []
     assert browser.title == "A cross-layer transcoder of tiny-llava"

@@ -10,25 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_source import ToySource, toy_config, toy_trainer
+from toy_source import Killed, ToySource, killed_at, toy_config, toy_trainer
 
 from sparsify_vlm.coders import load_clt
 from sparsify_vlm.errors import UserError
 from sparsify_vlm.training import state
 from sparsify_vlm.training.metrics import read_metrics
 from sparsify_vlm.training.trainer import Trainer
-
-
-class Killed(Exception):
-    """Stands for a kill."""
-
-
-def killed_at(step: int) -> Any:
-    def on_step(line: dict[str, Any]) -> None:
-        if line["step"] == step:
-            raise Killed
-
-    return on_step
 
 
 def everything(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from toy_source import Killed, killed_at
 
 from sparsify_vlm.coders import load_clt
 from sparsify_vlm.data import DataConfig
@@ -83,18 +84,6 @@ def settings(save_dir: Path, **changed: Any) -> TrainConfig:
     coder |= {name: value for name, value in changed.items() if name in of_coder}
     values |= {name: value for name, value in changed.items() if name not in of_coder}
     return TrainConfig(sae=CoderConfig(**coder), **values)
-
-
-class Killed(Exception):
-    """Stands for a kill."""
-
-
-def killed_at(step: int) -> Any:
-    def on_step(line: dict[str, Any]) -> None:
-        if line["step"] == step:
-            raise Killed
-
-    return on_step
 
 
 def losses(folder: Path) -> list[float]:

@@ -21,6 +21,20 @@ from sparsify_vlm.training.trainer import Trainer
 LAYERS, D_MODEL, TOKENS = 3, 8, 48
 
 
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+def killed_at(step: int) -> Callable[[dict[str, Any]], None]:
+    """An `on_step` that ends a run there."""
+
+    def on_step(line: dict[str, Any]) -> None:
+        if line["step"] == step:
+            raise Killed
+
+    return on_step
+
+
 class ToySource:
     """`n_batches` global batches of `TOKENS` tokens; processes take contiguous parts."""
 
