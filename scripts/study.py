@@ -130,7 +130,7 @@ def analyze(study: Study, model: str, arm: str, seed: int) -> None:
     folder = study.analysis(model, arm, seed)
     words = ["analyze", study.coder(model, arm, seed), *_data(model, "heldout")]
     words += ["--max_examples", study.heldout_samples, "--plt", study.coder(model, "plt", seed)]
-    words += ["--fit_activations", study.store(model), "--output_dir", folder]
+    words += ["--fit_activations", study.store(model), "--seed", seed, "--output_dir", folder]
     run(study, folder, "report.md", words)
 
 

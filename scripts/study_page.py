@@ -11,73 +11,42 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
+from study_claims import beside_clip, chance, in_short
+from study_rows import (
+    ARMS,
+    NAMES,
+    OF_PLT,
+    ROLES,
+    ROWS,
+    SHORT,
+    Groups,
+    alike,
+    between,
+    mean,
+    paired,
+    size,
+    there,
+)
 
 from sparsify_vlm.analysis.compare import Comparison, compare_results
-from sparsify_vlm.analysis.contrasts import over_seeds, paired_difference, seeds_difference
+from sparsify_vlm.analysis.contrasts import over_seeds, seeds_difference
 from sparsify_vlm.analysis.results import Results
 from sparsify_vlm.analysis.tables import Estimate
-from sparsify_vlm.report.analysis.comparison_report import BY_ROLE_WORDS, conclusions
-from sparsify_vlm.report.analysis.page import Page, Picture, Rows, Section, write_markdown
-from sparsify_vlm.report.analysis.wording import (
-    in_points,
-    interval,
-    number,
-    percent,
-    verdict,
+from sparsify_vlm.report.analysis import published
+from sparsify_vlm.report.analysis.comparison_report import (
+    BY_ROLE_WORDS,
+    is_share,
 )
+from sparsify_vlm.report.analysis.page import Page, Picture, Rows, Section, write_markdown
+from sparsify_vlm.report.analysis.wording import in_points, interval, number, percent
 
 FIGURES = "study"
 """Folder of the pictures, beside the page."""
-NAMES = {"llm": "tiny-llama", "vlm": "tiny-llava"}
-ARMS = {
-    "clt": "trained from zero",
-    "warm": "started from per-layer transcoders",
-    "long": "trained from zero for twice as long",
-}
-SHARES = {
-    "same_layer_share_per_latent.corrected": "Own layer's share of a latent's squared norm",
-    "same_layer_share_mean_norm": "… of mean norms, plain",
-    "same_layer_share_squared_norm": "… of squared norms, plain",
-    "same_layer_share_squared_norm.corrected": "… of squared norms, gauge-free",
-    "energy_share_same": "… of contribution energy",
-    "block_share_same": "Own layer's exact block share",
-}
-USE = {
-    "mean_effective_targets": "Effective number of targets",
-    "mean_effective_targets.energy": "… weighted by activity",
-    "mean_reach": "Reach, layers",
-    "mean_reach.energy": "… weighted by activity",
-    "mean_own_cosine": "Cosine of later decoders with the own one",
-    "decay_factor_0_5": "Norm at distance 5 over that at 0, plain",
-    "decay_factor_0_5.corrected": "… gauge-free",
-}
-COSTS = {
-    "fvu.full": "FVU of the whole coder",
-    "fvu_difference.same_only": "FVU added: cross writes zeroed",
-    "fvu_difference.cross_mean": "FVU added: cross writes at their mean",
-    "fvu_difference.refit": "FVU added: own-layer decoders refitted",
-    "fvu_difference.random_deletion": "FVU added: as much energy deleted at random",
-    "fvu_difference.plt": "FVU of per-layer transcoders above the CLT's",
-}
-PREDICTIONS = {
-    "kl.full": "KL of the whole coder, nats",
-    "kl.same_only": "KL: cross writes zeroed",
-    "kl.refit": "KL: own-layer decoders refitted",
-    "kl.plt": "KL: per-layer transcoders",
-}
-ROWS = {
-    **dict.fromkeys(SHARES, percent),
-    **dict.fromkeys(USE, number),
-    **dict.fromkeys(COSTS, percent),
-    **dict.fromkeys(PREDICTIONS, number),
-}
-LABELS = SHARES | USE | COSTS | PREDICTIONS
-FVU, CUT, REFIT = "fvu.full", "fvu_difference.same_only", "fvu_difference.refit"
-ROLES = {"image": "image tokens", "text": "text after an image", "text_only": "text without image"}
-
-Group = Sequence[Results]
-Groups = Mapping[tuple[str, str], Group]
-"""By model and arm; one analysis per seed."""
+SEEDS = (
+    "95 % intervals: Student's t over the seeds; where a number is measured on samples, with what "
+    "other samples would change added in quadrature."
+)
+NONE = "–"
 
 
 def write_page(
@@ -112,12 +81,12 @@ def build(groups: Groups, pictures: Sequence[str]) -> Page:
         [
             Section("In short", points=in_short(groups, found)),
             _setting(groups),
-            _models(groups, found["clt"], pictures),
+            _models(groups, pictures),
             _training(groups, pictures),
             _controls(groups),
             _roles(groups, found, pictures),
             _figures(pictures),
-            Section("What this does not show", points=LIMITS),
+            Section("What this does not show", points=[*LIMITS, chance(groups, list(ROWS))]),
         ],
     )
 
@@ -126,57 +95,26 @@ LIMITS = (
     "Two models of a million weights, one recipe, one kind of scene. Nothing here says how large "
     "any of these numbers is in a model of billions of weights; what carries over is which numbers "
     "move with the training of the coder and which do not.",
-    "The intervals are over training seeds of the coders. The two models are one of each kind: a "
-    "difference between them is a difference between these two, whatever its interval.",
-    "The vision-language model was tuned from the text model. Both coders saw equally many tokens; "
-    "half of the samples of the vision-language model's are scenes told in words, as all of the "
-    "text model's are, so that *text without image* is the same text in both.",
+    "The intervals are over training seeds of the coders, and over held-out samples where numbers "
+    "are measured on them. The two models are one of each kind: a difference between them is a "
+    "difference between these two, whatever its interval. Student's t of three seeds assumes that "
+    "they scatter normally, and its interval of a number that cannot be negative may go below 0.",
+    "The vision-language model was tuned from the text model. Half of the samples of its coders "
+    "are scenes told in words, as all of the text model's are, so that *text without image* is the "
+    "same kind of text in both. But its coders share the same number of latents, and of training "
+    "tokens, between images and text: a difference on text may come from that, and not from what "
+    "the model does.",
+    "FVU on tokens of one kind is relative to how much y varies among these: a higher one is a "
+    "larger part of their own variance, not a larger error. Errors over the variance of all tokens "
+    "have one ruler, under which tokens that vary much count more.",
+    "A coder that starts from per-layer transcoders has two schedules of the learning rate one "
+    "after the other, one trained for twice as long has a single one. The per-layer transcoders "
+    "that every CLT is held against took as many steps as a CLT from zero.",
+    "A single latent changes predictions by little. A ratio of two such changes is told where the "
+    "larger one stands out from rounding, and says nothing of how much the latent matters.",
     "Both models answer nearly without doubt, so cross-entropy and KL are small where the answer "
     "does not change.",
-    "No correction is made for the number of quantities looked at.",
 )
-
-
-def in_short(groups: Groups, found: Mapping[str, Comparison]) -> list[str]:
-    """The claims that the intervals allow."""
-    points = []
-    for model, name in NAMES.items():
-        zero = groups[model, "clt"]
-        cut, refit = (_mean(zero, key) for key in (CUT, REFIT))
-        if verdict(cut) == "above":
-            points.append(
-                f"In {name} zeroing the cross-layer writes of a CLT {ARMS['clt']} adds "
-                f"{in_points(cut)} of FVU to {interval(_mean(zero, FVU), percent)}; with the own "
-                f"layer's decoders refitted, {in_points(refit)} are left."
-            )
-        points.append(_path_of_training(groups, model))
-    wanted = ("block share", "share of a latent", "reach", "added by zeroing", "refitting")
-    between = _sentences(found["clt"])[0]
-    points += [s for s in between if any(word in s.partition(":")[0] for word in wanted)]
-    return [point for point in points if point]
-
-
-def _path_of_training(groups: Groups, model: str) -> str:
-    """Whether the cost of the cut is the coder's or the model's: two ways to train on it."""
-    long, warm = groups[model, "long"], groups[model, "warm"]
-    cost, quality = (_paired(warm, long, name) for name in (CUT, FVU))
-    said = {"below": "costs less", "above": "costs more"}.get(verdict(cost))
-    if said is None:
-        return (
-            f"In {NAMES[model]} there is no evidence that the cut costs a CLT {ARMS['warm']} more "
-            f"or less than one {ARMS['long']} (difference {in_points(cost)})."
-        )
-    levels = " against ".join(in_points(_mean(group, CUT)) for group in (warm, long))
-    of_whole = {
-        "above": f"while the FVU of the whole coder is higher by {in_points(quality)}",
-        "below": f"while the FVU of the whole coder is lower (difference {in_points(quality)})",
-    }.get(verdict(quality), f"with no evidence of a difference in FVU ({in_points(quality)})")
-    return (
-        f"The same cut {said} in a CLT of {NAMES[model]} {ARMS['warm']} than in one "
-        f"{ARMS['long']}, for equally many steps in all: {levels} (difference "
-        f"{in_points(cost)}), {of_whole}. What is lost without cross-layer writes then says how "
-        "the coder was trained, not only what the model does."
-    )
 
 
 def _setting(groups: Groups) -> Section:
@@ -187,7 +125,10 @@ def _setting(groups: Groups) -> Section:
             f"{n:,} {role.replace('_', ' ')}" for role, n in data["tokens"].items() if n
         )
         shape = f"{coder['n_layers']} × {coder['num_latents']}, k = {coder['k']}"
-        rows.append([f"{NAMES[model]}, {ARMS[arm]}", shape, str(len(group)), tokens])
+        seen = coder["training"].get("tokens")
+        trained = NONE if seen is None else f"{seen:,}"
+        rows.append([f"{NAMES[model]}, {ARMS[arm]}", shape, str(len(group)), trained, tokens])
+    header = ("coder", "layers × latents", "seeds", "tokens trained on", "held-out tokens")
     return Section(
         "What was done",
         text=[
@@ -196,28 +137,65 @@ def _setting(groups: Groups) -> Section:
             "files differ in the activations only. For each seed there are per-layer transcoders "
             "(PLT), a CLT from zero, a CLT that starts from the PLT, and a CLT from zero with as "
             "many steps as those two together. Every CLT went through `sparsify-vlm analyze` on "
-            "held-out scenes; own-layer decoders were refitted on the training activations."
+            "held-out scenes; own-layer decoders were refitted on the training activations. A "
+            "coder that starts from another has seen that one's tokens too. What is drawn at "
+            "random (deletions, random encoders, latents) is drawn anew for every seed."
         ],
-        tables=[Rows(("coder", "layers × latents", "seeds", "held-out tokens"), rows)],
+        tables=[Rows(header, rows)],
     )
 
 
-def _models(groups: Groups, found: Comparison, pictures: Sequence[str]) -> Section:
-    rows = []
-    for name, form in ROWS.items():
-        if name not in found.contrasts:
+def _models(groups: Groups, pictures: Sequence[str]) -> Section:
+    sides = [groups[model, "clt"] for model in NAMES]
+    every, rows = list(groups.values()), []
+    for name, quantity in ROWS.items():
+        if not there(name, *every):
             continue
-        one = found.contrasts[name]
-        size = in_points(one.difference) if form is percent else interval(one.difference, form)
-        rows.append([LABELS[name], interval(one.text, form), interval(one.vlm, form), size])
-    header = ("", "tiny-llama", "tiny-llava", "difference")
+        was = quantity.published
+        levels = [interval(mean(side, name), quantity.form) for side in sides]
+        apart = [size(between(groups, arm, name), quantity.form) for arm in ARMS]
+        stated = NONE if was is None else quantity.form(was)
+        rows.append([quantity.label, alike(sides, name) or NONE, *levels, *apart, stated])
+    header = (
+        *("", "writing alike", "tiny-llama", "tiny-llava"),
+        *("difference", "… trained for twice as long", "… started from PLT", published.SOURCE),
+    )
     names = [f"clt_{name}" for name in ("shares", "decay_curves", "use", "ablation_cost")]
+    caption = (
+        f"CLTs {ARMS['clt']}, and the difference (tiny-llava less tiny-llama) in those of the "
+        f"other two kinds. {SEEDS} “Writing alike”: what latents would give that write the same to "
+        "all their targets. KL, cross-entropy and top token: all MLPs replaced, over the tokens of "
+        "the answers."
+    )
     return Section(
         "Text model and vision-language model",
-        tables=[Rows(header, rows, f"CLTs {ARMS['clt']}. 95 % intervals over seeds.")],
+        tables=[Rows(header, rows, caption), *_forms(groups)],
         figures=_shown(names, pictures, f"CLTs {ARMS['clt']}; means with 95 % intervals."),
-        points=_sentences(found)[0],
     )
+
+
+def _forms(groups: Groups) -> list[Rows]:
+    """The forms of the decay that were fitted, in CLTs from zero."""
+    wanted = {"scope": "whole", "weighting": "latents", "role": "all", "panel": "balanced"}
+    rows = []
+    for model, name in NAMES.items():
+        tables = [one.table("fits") for one in groups[model, "clt"]]
+        for variant, label in (("plain", "plain"), ("corrected", "gauge-free")):
+            fits = [t.where(variant=variant, **wanted).rows() for t in tables if t is not None]
+            if len(fits) < len(tables) or not all(fits):
+                continue
+            by_form = [{row["model"]: row["held_out_error"] for row in seed} for seed in fits]
+            errors = [over_seeds([Estimate(seed[form]) for seed in by_form]) for form in by_form[0]]
+            rows.append([f"{name}, {label} norms", *(interval(e, percent) for e in errors)])
+            forms = list(by_form[0])
+    if not rows:
+        return []
+    caption = (
+        "Forms of the decay with distance, fitted to the source layers that have every distance of "
+        "the panel: error on latents that were not fitted to, as a share of the norm. Intervals "
+        "over seeds."
+    )
+    return [Rows(("", *forms), rows, caption)]
 
 
 def _training(groups: Groups, pictures: Sequence[str]) -> Section:
@@ -225,20 +203,14 @@ def _training(groups: Groups, pictures: Sequence[str]) -> Section:
     for model, name in NAMES.items():
         arms = [groups[model, arm] for arm in ("clt", "long", "warm")]
         rows = []
-        for key, form in ROWS.items():
-            if any(one.estimate(key) is None for group in arms for one in group):
+        for key, quantity in ROWS.items():
+            if not there(key, *arms):
                 continue
-            change = _paired(arms[2], arms[1], key)
-            size = in_points(change) if form is percent else interval(change, form)
-            rows.append([LABELS[key], *(interval(_mean(group, key), form) for group in arms), size])
-        header = (
-            "",
-            "from zero",
-            "from zero, twice as long",
-            "from the PLT",
-            "last two: difference",
-        )
-        tables.append(Rows(header, rows, f"{name}. Differences are of the same seed."))
+            change = NONE if key in OF_PLT else size(paired(arms[2], arms[1], key), quantity.form)
+            levels = (interval(mean(group, key), quantity.form) for group in arms)
+            rows.append([quantity.label, *levels, change])
+        header = ("", *(SHORT[arm] for arm in ("clt", "long", "warm")), "last two: difference")
+        tables.append(Rows(header, rows, f"{name}. Differences are of the same seed. {SEEDS}"))
     names = [
         f"{arm}_{figure}" for figure in ("shares", "ablation_cost") for arm in ("long", "warm")
     ]
@@ -247,7 +219,7 @@ def _training(groups: Groups, pictures: Sequence[str]) -> Section:
         text=[
             "A CLT can compute the same ŷ with much or little of it in its cross-layer writes. A "
             "coder that starts from per-layer transcoders begins with all of its writes at the own "
-            "layer and moves only what lowers the loss."
+            "layer, and training has to move them from there."
         ],
         tables=tables,
         figures=[
@@ -262,21 +234,20 @@ def _controls(groups: Groups) -> Section:
         for name in groups["vlm", "clt"][0].estimates()
         if name.startswith("fvu.") and name.count(".") == 1
     ]
-    short = {"clt": "zero", "long": "zero, long", "warm": "from PLT"}
-    header = ("arm", *(f"{NAMES[model]}, {short[arm]}" for model, arm in groups))
+    header = ("arm", *(f"{NAMES[model]}, {SHORT[arm]}" for model, arm in groups))
     tables = []
     for what, form, caption in (
-        ("fvu", percent, "FVU, mean over layers"),
-        ("kl", number, "KL with all MLPs replaced, nats"),
+        ("fvu", percent, "FVU on clean inputs, mean over layers"),
+        ("kl", number, "KL with all MLPs replaced, nats per scored token"),
     ):
         rows = [
             [
                 name.replace("_", " "),
-                *(interval(_mean(group, f"{what}.{name}"), form) for group in groups.values()),
+                *(interval(mean(group, f"{what}.{name}"), form) for group in groups.values()),
             ]
             for name in names
         ]
-        tables.append(Rows(header, rows, caption))
+        tables.append(Rows(header, rows, f"{caption}. {SEEDS}"))
     return Section("All arms of the ablation", tables=tables)
 
 
@@ -294,8 +265,13 @@ def _roles(groups: Groups, found: Mapping[str, Comparison], pictures: Sequence[s
         "Within the vision-language model, by the kind of token",
         text=[beside_clip(found)],
         tables=tables,
-        figures=_shown(["clt_roles"], pictures, f"CLTs {ARMS['clt']}; dotted: tiny-llama."),
-        points=_sentences(found["clt"])[1],
+        figures=[
+            picture
+            for arm in ("clt", "warm")
+            for picture in _shown(
+                [f"{arm}_roles"], pictures, f"CLTs {ARMS[arm]}; dotted: tiny-llama."
+            )
+        ],
     )
 
 
@@ -305,7 +281,7 @@ def _by_role(groups: Groups, arm: str, found: Comparison) -> list[list[str]]:
         by_role = found.roles.get(name)
         if not by_role:
             continue
-        form = percent if "share" in name or name.startswith("fvu") else number
+        form = percent if is_share(name) else number
         show = in_points if form is percent else interval
         models = ([one.estimate(f"{name}.text_only") for one in groups[m, arm]] for m in NAMES)
         llm, vlm = models
@@ -318,25 +294,6 @@ def _by_role(groups: Groups, arm: str, found: Comparison) -> list[list[str]]:
             ]
         )
     return rows
-
-
-def beside_clip(found: Mapping[str, Comparison]) -> str:
-    """Whether image tokens lean on their own layer's coder, as patches were found to in CLIP."""
-    words = {
-        "above": "image tokens lean on it more than text without an image does",
-        "below": "image tokens lean on it less than text without an image does",
-        "none": "there is no evidence of a difference between image tokens and text without image",
-    }
-    said = []
-    for arm, one in found.items():
-        difference = one.roles.get("block_share_same", {}).get("image-text_only")
-        if text := words.get(verdict(difference)):
-            said.append(f"in CLTs {ARMS[arm]} {text} ({in_points(difference)})")
-    return (
-        "In CLTs of CLIP's own tower patches were seen to draw on the coder of their own layer and "
-        "[CLS] on those of many (Chatzoudis et al. 2026, arXiv:2604.13304). In the language model "
-        f"looked at here, by the own layer's exact block share, {'; '.join(said)}."
-    )
 
 
 def _figures(pictures: Sequence[str]) -> Section:
@@ -352,23 +309,6 @@ def _figures(pictures: Sequence[str]) -> Section:
 
 def _shown(names: Sequence[str], pictures: Sequence[str], caption: str) -> list[Picture]:
     return [Picture(name, caption) for name in names if name in pictures]
-
-
-def _sentences(found: Comparison) -> tuple[list[str], list[str]]:
-    """What is concluded between the models, and within the second by the kind of token."""
-    said = conclusions(found)
-    kinds = tuple(ROLES.values())
-    within = [s for s in said if any(kind in s for kind in kinds)]
-    return [s for s in said if s not in within], within
-
-
-def _mean(group: Group, name: str) -> Estimate:
-    return over_seeds([one.estimate(name) for one in group])
-
-
-def _paired(a: Group, b: Group, name: str) -> Estimate:
-    """a − b, of coders of the same seed."""
-    return paired_difference(*([one.estimate(name) for one in group] for group in (a, b)))
 
 
 def _pictures(

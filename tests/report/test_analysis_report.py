@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -285,12 +286,31 @@ def test_a_comparison_of_seeds_has_the_spread_of_seeds(tmp_path: Path) -> None:
 
     found = compare_results(seeds(0.0), seeds(0.2))
     one = found.contrasts["block_share_same"]
-    assert one.difference.over == "seeds"
+    assert one.difference.over == "seeds, and over samples"
     assert one.difference.value == pytest.approx(0.2)
-    # Welch at 4 degrees of freedom: 2.776445 · sqrt(2 · 0.01² / 3)
-    assert one.difference.low == pytest.approx(0.2 - 2.776445 * (2e-4 / 3) ** 0.5, abs=1e-6)
+    # Welch at 4 degrees of freedom: 2.776445 · sqrt(2 · 0.01² / 3); either side's samples: 0.01
+    half = math.hypot(2.776445 * (2e-4 / 3) ** 0.5, 0.01, 0.01)
+    assert one.difference.low == pytest.approx(0.2 - half, abs=1e-6)
     write_markdown(build_comparison(found), {}, tmp_path / "report.md")
     assert "One training seed" not in (tmp_path / "report.md").read_text()
+
+
+def test_every_share_has_its_own_null(tmp_path: Path) -> None:
+    """Writing alike to all targets: 2/7 of all pairs of 6 layers, but the mean of 1/6, 1/5 … 1 for
+    a latent."""
+    found = compare_results([made_up.results()], [made_up.results()])
+    figure = COMPARISON_FIGURES["shares"](found)
+    assert figure is not None
+    (axes,) = figure.axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    bars = {}
+    for lines in axes.collections:
+        for (x, low), (other, high) in lines.get_segments():
+            if x == other:
+                bars.setdefault(names[round((low + high) / 2)], set()).add(round(x, 6))
+    assert bars["norms, plain"] == {round(2 / 7, 6)}
+    assert bars["per latent"] == {round(sum(1 / n for n in range(1, 7)) / 6, 6)}
+    assert "exact block share" not in bars  # its null is not among these results
 
 
 def test_two_coders_of_one_model_are_said_to_be_so() -> None:

@@ -26,7 +26,7 @@ def script() -> Iterator[Any]:
     folders = [str(ROOT / "scripts"), str(ROOT / "tests" / "report")]
     sys.path[:0] = folders
     try:
-        names = ("study", "study_page", "made_up_analysis")
+        names = ("study", "study_page", "study_claims", "study_rows", "made_up_analysis")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     finally:
         for folder in folders:
@@ -42,14 +42,18 @@ def changed(results: Results, values: dict[str, float]) -> Results:
     return replace(results, experiments=experiments)
 
 
-def groups(script: Any, warm_cut: list[float], llm_cut: list[float]) -> Any:
+def groups(
+    script: Any, warm_cut: list[float], llm_cut: list[float], vlm_warm: list[float] | None = None
+) -> Any:
     """Three seeds of each; only the cost of the cut differs between the groups."""
     base = script.made_up_analysis.results()
     cuts = {
         ("llm", "clt"): llm_cut,
         ("vlm", "clt"): [0.40, 0.41, 0.42],
-        **{(model, "long"): [0.40, 0.41, 0.42] for model in ("llm", "vlm")},
-        **{(model, "warm"): warm_cut for model in ("llm", "vlm")},
+        ("llm", "long"): llm_cut,
+        ("vlm", "long"): [0.40, 0.41, 0.42],
+        ("llm", "warm"): warm_cut,
+        ("vlm", "warm"): vlm_warm or warm_cut,
     }
     return {
         key: [changed(base, {CUT: v, FVU: 0.02 + v / 1000}) for v in values]
@@ -59,8 +63,11 @@ def groups(script: Any, warm_cut: list[float], llm_cut: list[float]) -> Any:
 
 def in_short(script: Any, **cuts: list[float]) -> list[str]:
     found = groups(script, **cuts)
-    compared = script.study_page.compare_results(found["llm", "clt"], found["vlm", "clt"])
-    return script.study_page.in_short(found, {"clt": compared})
+    compared = {
+        arm: script.study_page.compare_results(found["llm", arm], found["vlm", arm])
+        for arm in script.study_rows.ARMS
+    }
+    return script.study_claims.in_short(found, compared)
 
 
 def test_recipes_differ_in_the_activations_only() -> None:
@@ -90,32 +97,61 @@ def test_what_training_changes(script: Any, warm_cut: list[float], words: str) -
     assert sum(words in sentence for sentence in said) == 2  # one of each model
 
 
+LESS, MORE = [0.10, 0.11, 0.12], [0.80, 0.81, 0.82]
+SAME, WIDE = [0.40, 0.41, 0.42], [0.20, 0.41, 0.62]
+
+
 @pytest.mark.parametrize(
-    ("llm_cut", "words"),
+    ("llm_cut", "llm_warm", "words"),
     [
-        ([0.10, 0.11, 0.12], "is higher in the vision-language model"),
-        ([0.80, 0.81, 0.82], "is lower in the vision-language model"),
-        ([0.20, 0.41, 0.62], "no evidence of a difference"),
+        (LESS, LESS, "is higher in tiny-llava than in tiny-llama in all kinds of CLTs"),
+        (MORE, MORE, "is lower in tiny-llava than in tiny-llama in all kinds of CLTs"),
+        (LESS, MORE, "is higher or lower in tiny-llava than in tiny-llama by how the CLTs were"),
+        (WIDE, WIDE, "is not known to be higher or lower in tiny-llava"),
+        (WIDE, LESS, "is higher in tiny-llava than in tiny-llama in CLTs started from per-layer"),
     ],
 )
-def test_what_differs_between_the_models(script: Any, llm_cut: list[float], words: str) -> None:
-    said = in_short(script, warm_cut=[0.1, 0.1, 0.1], llm_cut=llm_cut)
+def test_what_differs_between_the_models(
+    script: Any, llm_cut: list[float], llm_warm: list[float], words: str
+) -> None:
+    """A difference that turns with the training of the coders is told as such."""
+    said = in_short(script, warm_cut=llm_warm, llm_cut=llm_cut, vlm_warm=SAME)
     [sentence] = [s for s in said if s.startswith("The FVU added by zeroing")]
     assert words in sentence
+    for name in ("from zero", "from zero, twice as long", "from the PLT"):
+        assert f" {name} " in sentence
+    [counted] = [s for s in said if s.startswith("Of the ")]
+    turned = (llm_cut, llm_warm) == (LESS, MORE)
+    assert f"{int(turned)} in one direction or the other" in counted
+    assert f"{int('all kinds' in words)} differ in the same direction" in counted
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ([0.04, 0.05, 0.06], "lean on it more"),
-        ([-0.04, -0.05, -0.06], "lean on it less"),
+        ([0.04, 0.05, 0.06], "more in CLTs"),
+        ([-0.04, -0.05, -0.06], "less in CLTs"),
         ([-0.05, 0.0, 0.06], "no evidence of a difference"),
     ],
 )
 def test_image_tokens_beside_those_of_clip(script: Any, values: list[float], words: str) -> None:
+    """Both kinds of text are told, also where they do not agree."""
     difference = script.study_page.over_seeds([Estimate(v) for v in values])
-    roles = {"block_share_same": {"image-text_only": difference}}
-    assert words in script.study_page.beside_clip({"clt": SimpleNamespace(roles=roles)})
+    other = script.study_page.over_seeds([Estimate(v) for v in (0.2, 0.21, 0.22)])
+    roles = {"block_share_same": {"image-text_only": difference, "image-text": other}}
+    said = script.study_claims.beside_clip({"clt": SimpleNamespace(roles=roles)})
+    first, second = said.partition("beside text without image")[2].split("beside text after")
+    assert words in first
+    assert "more in CLTs trained from zero (21.0 [18.5, 23.5] points)" in second
+
+
+def test_how_many_differences_chance_would_make(script: Any) -> None:
+    """Three ways of training, of which two differ clearly in the one quantity looked at."""
+    found = groups(script, SAME, LESS)
+    said = script.study_claims.chance(found, [CUT])
+    assert "of the 3 differences" in said
+    assert "2 have an interval without 0" in said
+    assert "about 0 would be expected" in said
 
 
 def test_page_has_every_number_and_picture(script: Any, tmp_path: Path) -> None:

@@ -27,6 +27,13 @@ SHARES = {
     "energy_share_same": "contribution energy",
     "block_share_same": "exact block share",
 }
+NULLS = {
+    **dict.fromkeys(list(SHARES)[:3], "uniform_null"),
+    "same_layer_share_per_latent.corrected": "uniform_null.per_latent",
+    "energy_share_same": "uniform_null",
+    "block_share_same": "uniform_null.block",
+}
+"""The estimate that has a share's value for latents that write alike to all their targets."""
 USES = {
     "mean_cross_score": "cross-layer score",
     "mean_effective_targets": "effective targets",
@@ -41,6 +48,8 @@ BY_ROLE = {
     "mean_reach": "reach, layers",
     "fvu_difference.same_only": "FVU added by cutting\ncross writes",
     "fvu_difference.refit": "the same, decoders refitted",
+    "error_difference.same_only": "error added by cutting them,\nover the variance of all tokens",
+    "error_difference.refit": "the same, decoders refitted",
 }
 
 
@@ -105,15 +114,24 @@ def shares(comparison: Comparison) -> Figure | None:
     figure = new_figure(7.4, 0.55 * len(names) + 1.5)
     axes = figure.subplots()
     _forest(axes, comparison, names, SHARES)
-    nulls = comparison.contrasts.get("uniform_null")
-    if nulls is not None and nulls.text.value is not None and nulls.vlm.value is not None:
-        how = style.NULL | {"color": COLOURS["text"]}
-        axes.axvline(nulls.text.value, label="uniform null of norms", **how)
-        axes.axvline(nulls.vlm.value, **style.NULL | {"color": COLOURS["vlm"], "ls": ":"})
+    _nulls(axes, comparison, names)
     axes.set_xlim(0, 1)
     axes.set_xlabel("the own layer's share")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
     return figure
+
+
+def _nulls(axes: Any, comparison: Comparison, names: Sequence[str]) -> None:
+    """In every line, a short bar at what writing alike to all targets would give each side."""
+    label: str | None = "writing alike to all targets"
+    for place, name in enumerate(reversed(names)):
+        null = comparison.contrasts.get(NULLS.get(name, ""))
+        for side, shift in (("text", 0.15), ("vlm", -0.15)):
+            value = getattr(null, side).value if null is not None else None
+            if value is not None:
+                ends = place + shift - 0.14, place + shift + 0.14
+                axes.vlines(value, *ends, color=COLOURS[side], lw=1.6, label=label)
+                label = None
 
 
 def _forest(
@@ -203,6 +221,7 @@ def roles(comparison: Comparison) -> Figure | None:
             style.whiskers(axes, [place], [row], "value", fmt="s", ms=6, color=colour)
         # Roles weigh latents by what they write, so beside them the text model's are as well.
         alike = f"{name}.energy" if name.startswith("mean_") else name
+        alike = alike.replace("error_", "fvu_")  # of all tokens the two are one
         text = comparison.contrasts.get(alike)
         if text is not None and text.text.value is not None:
             axes.axhline(text.text.value, color=COLOURS["text"], ls=":", lw=1.4, label="text model")

@@ -42,7 +42,12 @@ HEADLINES: dict[str, tuple[str, Form]] = {
     "energy_share_same": ("The same-layer share of contribution energy", percent),
     "block_share_same": ("The own layer's block share", percent),
     "mean_effective_targets": ("The effective number of targets", number),
+    "mean_effective_targets.energy": (
+        "The effective number of targets, weighted by activity,",
+        number,
+    ),
     "mean_reach": ("The reach", number),
+    "mean_reach.energy": ("The reach, weighted by activity,", number),
     "decay_factor_0_5": ("The decay factor of plain norms from 0 to 5", number),
     "decay_factor_0_5.corrected": ("The decay factor of gauge-free norms from 0 to 5", number),
     "fvu.full": ("The FVU of the full CLT", percent),
@@ -69,7 +74,18 @@ BY_ROLE_WORDS = {
     "mean_reach": "The reach",
     "fvu_difference.same_only": "The FVU added by cutting cross-layer writes",
     "fvu_difference.refit": "The FVU added by cutting them and refitting same-layer decoders",
+    "error_difference.same_only": (
+        "The error added by cutting cross-layer writes, over the variance of all tokens,"
+    ),
+    "error_difference.refit": (
+        "The error added by cutting them and refitting, over the variance of all tokens,"
+    ),
 }
+OF_TOKENS = (
+    "FVU on tokens of a kind is relative to how much y varies among them. The error over the "
+    "variance of all tokens has the same ruler for every kind: where the two differ, so do the "
+    "variances."
+)
 HOW_TO_READ = (
     "A difference is the vision-language model's number less the text model's. A direction is "
     "named where its 95 % interval lies on one side of zero; “no evidence” is said where it does "
@@ -129,7 +145,12 @@ def build(found: Comparison) -> Page:
     if found.roles:
         text = "Within the vision-language model, by the kind of token; dotted: the text model."
         sections.append(
-            Section("Token roles", tables=[_role_rows(found)], figures=[Picture("roles", text)])
+            Section(
+                "Token roles",
+                tables=[_role_rows(found)],
+                figures=[Picture("roles", text)],
+                notes=[OF_TOKENS],
+            )
         )
     sections.append(Section("All estimates", tables=[_everything(found)]))
     return Page(
@@ -188,8 +209,12 @@ def _within(found: Comparison, name: str, other: str) -> str:
                 return text if other == "text" else ""
     what = f"{BY_ROLE_WORDS[name]} in the vision-language model"
     names = style.ROLE_NAMES["image"], style.ROLE_NAMES[other]
-    shares = "share" in name or name.startswith("fvu")
-    return sentences.roles_differ(what, *names, by_role[f"image-{other}"], shares)
+    return sentences.roles_differ(what, *names, by_role[f"image-{other}"], is_share(name))
+
+
+def is_share(name: str) -> bool:
+    """Whether an estimate of BY_ROLE_WORDS is told in percent."""
+    return "share" in name or name.startswith(("fvu", "error"))
 
 
 def _headlines(found: Comparison) -> Rows:
@@ -208,8 +233,7 @@ def _role_rows(found: Comparison) -> Rows:
     rows = []
     for name, label in BY_ROLE_WORDS.items():
         if by_role := found.roles.get(name):
-            shares = "share" in name or name.startswith("fvu")
-            rows.append([label, *(_of_role(by_role, k, shares) for k in kinds)])
+            rows.append([label, *(_of_role(by_role, k, is_share(name)) for k in kinds)])
     heads = [style.ROLE_NAMES[role] for role in kinds[:3]]
     return Rows(("", *heads, "image less text after it", "image less text without"), rows)
 

@@ -115,6 +115,11 @@ def _ablation(facts: Facts) -> list[str]:
         sentences.loss("With all layers replaced", facts.difference("delta_ce", "same_only"))
     )
     told += _roles(facts, "fvu_difference.same_only", "The rise of FVU by the cut")
+    told += _roles(
+        facts,
+        "error_difference.same_only",
+        "The error that the cut adds, over the variance of all tokens,",
+    )
     return told
 
 
