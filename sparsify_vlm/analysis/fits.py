@@ -4,16 +4,29 @@
     exponential+floor    y = A · 2^(−x/h) + c        c ≥ 0
     power                y = A · (1 + x)^(−b)        b: exponent
 
-Given h or b the rest is linear, so a fit is a search along one number: over a grid, then by golden
-sections, then by parabolas. All resamples of a bootstrap are fitted at once. A parameter at the end
-of its grid, or of a curve that does not fall, is not known from these points, and NaN.
+All are A · e^(−rz) + c, with z = x and r = ln 2 / h, or z = ln(1 + x) and r = b. Given the rate r
+the rest is linear and drops out (variable projection: Golub and Pereyra 1973, "The differentiation
+of pseudo-inverses and nonlinear least squares problems whose variables separate", SIAM J. Numer.
+Anal. 10). With g = e^(−rz), and ⟨,⟩ the inner product over the points (with a floor: of deviations
+from the mean), the least squares at r are
+
+    ‖y‖² − p²/s        p = ⟨y, g⟩ > 0, s = ⟨g, g⟩
+
+so that log(p²/s) is made as large as can be: at the nodes of a grid, then by Newton's method
+between the best node's neighbours, halving the interval where a step would leave it. Where the
+floor comes out below zero it is zero, since at any r the squares are convex in A and c (Lawson and
+Hanson 1974, "Solving Least Squares Problems", chapter 23); so a curve with a floor is fitted with
+and without it, and the better of those allowed is kept. All resamples of a bootstrap are fitted at
+once. A parameter at the end of its grid, or of a curve that does not fall, is not known from these
+points, and NaN.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
@@ -21,22 +34,24 @@ from sparsify_vlm.analysis.bootstrap import student_point
 
 Array = np.ndarray
 GRID = 80
-SECTIONS, SECTIONS_WITH_FLOOR = 14, 40
-"""A floor that becomes 0 makes an edge, where parabolas do not help."""
-PARABOLAS = 3
-NARROW = 1e-4
-"""Half the width of a parabola through three points, in units of log θ."""
-GOLDEN = (math.sqrt(5) - 1) / 2
+STEPS = 60
+"""Of Newton's method; some four are needed, more only where the squares are flat."""
+CLOSE = 1e-9
+"""A relative step of the rate after which the next one would be lost in rounding."""
+SAME = 1e-12
+"""Of ‖g‖²: a shape that deviates less from its mean is not told from a floor."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One of the curves, y = A · shape(x, θ) + c."""
+    """One of the curves, y = A · exp(−rate(θ) · coordinate(x)) + c."""
 
     name: str
     parameter: str
     """What θ is called: "half_life" or "exponent"."""
-    shape: Callable[[Array, Array], Array]
+    coordinate: Callable[[Array], Array]
+    rate: Callable[[Array], Array]
+    """From θ to r, and from r to θ."""
     floor: bool
     bounds: Callable[[Array], tuple[float, float]]
     """From the distances, the ends of the grid of θ, both positive."""
@@ -46,27 +61,23 @@ class Curve:
         return 2 + self.floor
 
     def grid(self, x: Array) -> Array:
-        """Values of θ [GRID] that are tried first, in equal ratios."""
-        return np.geomspace(*self.bounds(x), GRID)
+        """Rates [GRID], ascending in equal ratios, that are tried first."""
+        return np.sort(self.rate(np.geomspace(*self.bounds(x), GRID)))
 
 
-def _halving(x: Array, half_life: Array) -> Array:
-    return np.exp2(-x / half_life)
-
-
-def _power(x: Array, exponent: Array) -> Array:
-    return (1 + x) ** -exponent
+def _halving(rate_or_half_life: Array) -> Array:
+    return math.log(2) / rate_or_half_life
 
 
 def _half_lives(x: Array) -> tuple[float, float]:
     return 0.1 * float(np.diff(x).min()), 100 * float(np.ptp(x))
 
 
-EXPONENTIAL = Curve("exponential", "half_life", _halving, False, _half_lives)
+EXPONENTIAL = Curve("exponential", "half_life", np.asarray, _halving, False, _half_lives)
 CURVES = (
     EXPONENTIAL,
-    Curve("exponential+floor", "half_life", _halving, True, _half_lives),
-    Curve("power", "exponent", _power, False, lambda x: (1e-3, 50.0)),
+    Curve("exponential+floor", "half_life", np.asarray, _halving, True, _half_lives),
+    Curve("power", "exponent", np.log1p, np.asarray, False, lambda x: (1e-3, 50.0)),
 )
 
 
@@ -83,7 +94,7 @@ class Fit:
 
     def at(self, x: Array) -> Array:
         """The curves at distances x [D]: [R, D]."""
-        shapes = self.curve.shape(x[None], self.theta[:, None])
+        shapes = np.exp(np.multiply.outer(-self.curve.rate(self.theta), self.curve.coordinate(x)))
         return self.amplitude[:, None] * shapes + self.floor[:, None]
 
     def identified(self, x: Array) -> Array:
@@ -95,116 +106,10 @@ class Fit:
 
 def fit(curve: Curve, x: Array, y: Array) -> Fit:
     """Fit `curve` to y [R, D] at distances x [D], NaN where a point is missing."""
-    known = np.isfinite(y)
-    points = np.where(known, y, 0.0)
-    weights = np.ones((1, len(x))) if known.all() else known.astype(np.float64)
-    grid = curve.grid(x)
-    shapes = curve.shape(x[None], grid[:, None]).T
-    sums = _Sums(
-        points @ shapes,
-        weights @ shapes**2,
-        weights @ shapes,
-        points.sum(1)[:, None],
-        weights.sum(1)[:, None],
-        (points**2).sum(1)[:, None],
-    )
-    best = _squares(curve, sums)[0].argmin(1)
-    low = np.log(grid[np.maximum(best - 1, 0)])
-    high = np.log(grid[np.minimum(best + 1, GRID - 1)])
-    theta = _narrowed(
-        lambda log: _at(curve, x, points, weights, np.exp(log))[0],
-        low,
-        high,
-        SECTIONS_WITH_FLOOR if curve.floor else SECTIONS,
-    )
-    squares, amplitude, floor = _at(curve, x, points, weights, theta)
-    return Fit(curve, theta, amplitude, floor, squares)
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """Sums over distances of y·g, g², g, y, 1 and y², with g the shape."""
-
-    yg: Array
-    gg: Array
-    g: Array
-    y: Array
-    n: Array
-    yy: Array
-
-
-def _at(
-    curve: Curve, x: Array, points: Array, weights: Array, theta: Array
-) -> tuple[Array, Array, Array]:
-    """Squares, amplitude and floor [R] with θ [R], the squares from the deviations themselves."""
-    shapes = curve.shape(x[None], theta[:, None])
-    whole = len(weights) < len(points)  # one row of ones for all
-    known = shapes if whole else weights * shapes
-    ones = np.ones(len(x))
-    sums = _Sums(
-        _products(points, shapes),
-        _products(known, shapes),
-        known @ ones,
-        points @ ones,
-        weights @ ones,
-        _products(points, points),
-    )
-    _, amplitude, floor = _squares(curve, sums)
-    shapes *= -amplitude[:, None]
-    shapes += points
-    if curve.floor:
-        shapes -= floor[:, None]
-    apart = shapes if whole else weights * shapes
-    return _products(apart, shapes), amplitude, floor
-
-
-def _products(a: Array, b: Array) -> Array:
-    """Row by row the inner product of a and b [R, D]: [R]."""
-    return np.einsum("rd,rd->r", a, b)
-
-
-def _squares(curve: Curve, s: _Sums) -> tuple[Array, Array, Array]:
-    """Squares, amplitude and floor of the best linear part, neither of them negative."""
+    grid, ways = curve.grid(x), _ways(curve, x, y)
     with np.errstate(all="ignore"):
-        alone = np.maximum(s.yg, 0.0) / np.where(s.gg > 0, s.gg, math.inf)
-        squares = s.yy - alone * (2 * s.yg - alone * s.gg)
-        if not curve.floor:
-            return squares, alone, np.zeros_like(alone)
-        determinant = s.gg * s.n - s.g**2
-        amplitude = np.maximum((s.yg * s.n - s.g * s.y) / determinant, 0.0)
-        floor = (s.y - amplitude * s.g) / s.n
-        usable = (determinant > 1e-12 * s.gg * s.n) & (floor > 0)
-        with_floor = (
-            s.yy
-            - amplitude * (2 * s.yg - amplitude * s.gg - 2 * floor * s.g)
-            - floor * (2 * s.y - floor * s.n)
-        )
-    return (
-        np.where(usable, with_floor, squares),
-        np.where(usable, amplitude, alone),
-        np.where(usable, floor, 0.0),
-    )
-
-
-def _narrowed(squares: Callable[[Array], Array], low: Array, high: Array, sections: int) -> Array:
-    """θ [R] between exp(low) and exp(high) at which `squares` of log θ is least."""
-    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    at_left, at_right = squares(left), squares(right)
-    for _ in range(sections):
-        down = at_left < at_right
-        low, high = np.where(down, low, left), np.where(down, right, high)
-        new = np.where(down, high - GOLDEN * (high - low), low + GOLDEN * (high - low))
-        value = squares(new)
-        left, right = np.where(down, new, right), np.where(down, left, new)
-        at_left, at_right = np.where(down, value, at_right), np.where(down, at_left, value)
-    middle = (low + high) / 2
-    for _ in range(PARABOLAS):
-        below, here, above = (squares(middle + step) for step in (-NARROW, 0.0, NARROW))
-        bend = below - 2 * here + above
-        with np.errstate(all="ignore"):
-            move = np.where(bend > 0, NARROW * (below - above) / (2 * bend), 0.0)
-        middle = np.clip(middle + move, low, high)
-    return np.exp(middle)
+        rate, squares, amplitude, floor = _best(_solved(way, _best_rate(way, grid)) for way in ways)
+    return Fit(curve, curve.rate(rate), amplitude, floor, squares)
 
 
 def theta_interval(found: Fit, x: Array, y: Array) -> tuple[float, float]:
@@ -214,13 +119,141 @@ def theta_interval(found: Fit, x: Array, y: Array) -> tuple[float, float]:
     likelihood with normal errors of one unknown size (Bates and Watts 1988, section 6.1). An end
     beyond the grid is NaN.
     """
-    freedom = len(x) - found.curve.n_parameters
+    curve = found.curve
+    freedom = len(x) - curve.n_parameters
     if freedom < 1:
         return math.nan, math.nan
     limit = float(found.squares[0]) * (1 + student_point(freedom) ** 2 / freedom)
-    grid = np.unique(np.append(np.geomspace(*found.curve.bounds(x), 4000), found.theta[0]))
-    many = np.broadcast_to(y, (len(grid), len(y)))
-    inside = _at(found.curve, x, many, np.ones_like(many), grid)[0] <= limit + 1e-30
-    first, last = np.flatnonzero(inside)[[0, -1]]
+    grid = np.unique(np.append(np.geomspace(*curve.bounds(x), 4000), found.theta[0]))
+    with np.errstate(all="ignore"):
+        squares = _best(_solved(way, curve.rate(grid)) for way in _ways(curve, x, y[None]))[1]
+    first, last = np.flatnonzero(squares <= limit + 1e-30)[[0, -1]]
     low = math.nan if first == 0 else float(grid[first])
     return low, math.nan if last == len(grid) - 1 else float(grid[last])
+
+
+@dataclass(frozen=True)
+class _Points:
+    """What is fitted, with a floor of any sign or without one."""
+
+    z: Array
+    """[D]: coordinates."""
+    there: Array | None
+    """[R, D]: 1 for a point that is there, 0 for one that is missing; None if none is."""
+    mean: Array | None
+    """[R, 1]: of y; None without a floor."""
+    y: Array
+    """[R, D]: deviations from the mean or, without a floor, y itself; 0 of a missing point."""
+
+    def rows(self, kept: Array) -> _Points:
+        """Some of the sets of points."""
+        there, mean = (None if a is None else a[kept] for a in (self.there, self.mean))
+        return _Points(self.z, there, mean, self.y[kept])
+
+    def shapes(self, rate: Array) -> Array:
+        """g [R, D] at the rates [R]."""
+        return self.known(np.exp(np.multiply.outer(-rate, self.z)))
+
+    def known(self, values: Array) -> Array:
+        """values [R, D], 0 where a point is missing."""
+        return values if self.there is None else values * self.there
+
+    def average(self, values: Array) -> Array:
+        """Means [R, 1] of values [R, D] that are 0 where a point is missing."""
+        n = len(self.z) if self.there is None else self.there.sum(1, keepdims=True)
+        return values.sum(1, keepdims=True) / n
+
+    def centred(self, values: Array) -> Array:
+        """With a floor, deviations of values [R, D] from their mean; else the values."""
+        return values if self.mean is None else self.known(values - self.average(values))
+
+
+def _ways(curve: Curve, x: Array, y: Array) -> list[_Points]:
+    """The points without a floor and, if the curve has one, with one of any sign."""
+    known = np.isfinite(y)
+    there = None if known.all() else known.astype(np.float64)
+    points = _Points(
+        curve.coordinate(x), there, None, y if there is None else np.where(known, y, 0)
+    )
+    if not curve.floor:
+        return [points]
+    with np.errstate(invalid="ignore"):
+        mean = points.average(points.y)
+    return [points, _Points(points.z, there, mean, points.known(points.y - mean))]
+
+
+def _best_rate(points: _Points, grid: Array) -> Array:
+    """The rate [R] at which p²/s is largest, between the first and the last of the grid."""
+    node = _best_node(points, grid)
+    found, low, high = (
+        grid[node],
+        grid[np.maximum(node - 1, 0)],
+        grid[np.minimum(node + 1, GRID - 1)],
+    )
+    todo = np.arange(len(found))
+    for _ in range(STEPS):
+        rate = found[todo]
+        slope, bend = _derivatives(points, rate)
+        low, high = np.where(slope > 0, rate, low), np.where(slope > 0, high, rate)
+        step = rate - slope / bend
+        inside = (low <= step) & (step <= high)
+        found[todo] = np.where(inside, step, (low + high) / 2)
+        moving = np.isfinite(slope) & (np.abs(found[todo] - rate) > CLOSE * rate)
+        if not moving.any():
+            break
+        if not moving.all():
+            todo, low, high, points = todo[moving], low[moving], high[moving], points.rows(moving)
+    return found
+
+
+def _best_node(points: _Points, grid: Array) -> Array:
+    """Index [R] into the grid of the largest p/√s with a floor that is not below zero."""
+    shapes = np.exp(np.multiply.outer(grid, -points.z))
+    there = np.ones((1, len(points.z))) if points.there is None else points.there
+    p, s = points.y @ shapes.T, there @ (shapes**2).T
+    if points.mean is None:
+        return (p / np.sqrt(s)).argmax(1)
+    n, total, whole = there.sum(1, keepdims=True), there @ shapes.T, s
+    s = whole - total**2 / n
+    allowed = (p * (total / n / s) <= points.mean) & (s > SAME * whole)
+    return np.where(allowed, p / np.sqrt(s), -math.inf).argmax(1)
+
+
+def _derivatives(points: _Points, rate: Array) -> tuple[Array, Array]:
+    """First and second derivative [R] of log(p²/s) / 2 by the rate, at rates [R]; NaN where the
+    points do not fall with g."""
+    g = points.shapes(rate)
+    zg = points.z * g
+    first, second, third = points.centred(g), points.centred(zg), points.z * zg
+    p, s = _inner(points.y, first), _inner(first, first)
+    p = np.where(p > 0, p, math.nan)
+    p1, p2 = _inner(points.y, second) / p, _inner(points.y, third) / p
+    s1 = _inner(first, second) / s
+    s2 = (_inner(second, second) + _inner(first, third)) / s
+    return s1 - p1, p2 - p1**2 - s2 + 2 * s1**2
+
+
+def _solved(points: _Points, rate: Array) -> Array:
+    """[4, R]: the rates, and squares, amplitude and floor of the best linear part; squares are
+    infinite where the floor is below zero or not known."""
+    g = points.shapes(rate)
+    shape = points.centred(g)
+    s = _inner(shape, shape)
+    amplitude = np.maximum(_inner(points.y, shape), 0) / np.where(s > 0, s, math.inf)
+    apart = points.y - amplitude[:, None] * shape
+    squares = _inner(apart, apart)
+    if points.mean is None:
+        return np.stack([rate, squares, amplitude, np.zeros_like(rate)])
+    floor = (points.mean - amplitude[:, None] * points.average(g))[:, 0]
+    allowed = (floor >= 0) & (s > SAME * _inner(g, g))
+    return np.stack([rate, np.where(allowed, squares, math.inf), amplitude, floor])
+
+
+def _best(found: Iterable[Array]) -> Array:
+    """Row by row the one with the smaller squares, of what `_solved` gives; the first of equals."""
+    return reduce(lambda a, b: np.where(b[1] < a[1], b, a), found)
+
+
+def _inner(a: Array, b: Array) -> Array:
+    """Row by row the inner product of a and b [R, D]: [R]."""
+    return np.einsum("rd,rd->r", a, b)
