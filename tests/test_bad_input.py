@@ -116,6 +116,7 @@ def test_unknown_flag(refused: Check, shelf: Path, out: Path) -> None:
         (["--dataset_mix", "mix.yaml"], ["--dataset", "--dataset_mix"]),
         (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
         (["--run_name", "../mine"], ["--run_name ../mine", "--save_dir"]),
+        (["--run_name", "mine/too"], ["--run_name mine/too", "one folder"]),
         (["--max_examples", str(10**30)], ["--max_examples", "choose a number"]),
     ],
 )

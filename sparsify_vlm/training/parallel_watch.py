@@ -105,7 +105,8 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Tell the others that this process ended well, or that it says itself why it did not."""
+        """Tell the others that this process ended well, or that it says itself why it did not. Of
+        several that end over something given, the first one tells it."""
         self._joined.wait(5.0)  # one that ends at once may be before its own thread
         if error is None:
             self._note(f"left {self.rank}")
@@ -115,6 +116,9 @@ class Watch:
             self._end_in(10.0, FAILED)
             if not is_ours and isinstance(error, KeyboardInterrupt):
                 raise SystemExit(128 + signal.SIGINT) from error
+            if not is_ours and isinstance(error, UserError):  # often the same one
+                time.sleep(1.0)  # the launcher ends the claimer when we end: let it speak first
+                raise SystemExit(FAILED) from error
         if self._wakes is not None:
             signal.set_wakeup_fd(self._old_wakeup)
             signal.signal(signal.SIGTERM, self._before)

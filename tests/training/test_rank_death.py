@@ -96,11 +96,12 @@ def hold_the_lock(arguments: list[str]) -> int:
 
 
 def fail(arguments: list[str]) -> int:
-    """The second process gives up with a message of its own."""
+    """The processes named after the message give up with it."""
+    message, *ranks = arguments
     try:
         with joined_world() as world:
-            if world.rank == 1:
-                raise UserError(arguments[0])
+            if str(world.rank) in ranks:
+                raise UserError(message)
             world.barrier()
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
@@ -305,8 +306,9 @@ def test_long_call_is_no_death(tmp_path: Path) -> None:
         assert pair.ended(30) == [0, 0], pair.output.read_text()
 
 
-def test_own_message_is_the_only_one(tmp_path: Path) -> None:
-    with started(fail, ["the disk is full"], tmp_path / "out.txt") as pair:
+@pytest.mark.parametrize("ranks", [["1"], ["0", "1"]], ids=["one gives up", "both do"])
+def test_own_message_is_the_only_one(tmp_path: Path, ranks: list[str]) -> None:
+    with started(fail, ["the disk is full", *ranks], tmp_path / "out.txt") as pair:
         assert pair.ended(30) == [1, 1]
         said = pair.output.read_text().splitlines()
         assert [line for line in said if not line.startswith("[")] == ["the disk is full"]
