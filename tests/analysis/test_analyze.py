@@ -280,6 +280,21 @@ def test_what_does_not_fit_is_refused_before_any_work(
     refused(["compare", shelf / "llm", tmp_path / "absent", *out], "no such checkpoint folder")
 
 
+@pytest.mark.parametrize("existed", [False, True])
+def test_an_interrupted_analysis_leaves_nothing(
+    existed: bool, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsify_vlm.analysis.analyze.read_decoders", interrupted)
+    out = tmp_path / "a" / "b"
+    if existed:
+        out.mkdir(parents=True)
+    assert main(["analyze", str(shelf / "vlm"), "--output_dir", str(out)]) == 130
+    assert [path.name for path in tmp_path.rglob("*")] == (["a", "b"] if existed else [])
+
+
 def dead(clt: Clt) -> None:
     """No latent is ever active."""
     for W, b in zip(clt.W_enc, clt.b_enc, strict=True):
