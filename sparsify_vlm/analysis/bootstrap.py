@@ -21,6 +21,7 @@ Even so: below about 8 clusters, or with one cluster far from the rest, interval
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ RESAMPLES = 2000
 FEW_CLUSTERS = 30
 """Below it the percentiles lie far out, and ten times as many resamples are drawn."""
 COUNTS_AT_ONCE = 1 << 22
+KEPT_COUNTS = 1 << 20
+"""Counts of the last few kinds of resamples are kept if they are not more: 8 MiB each."""
 MANY_DEGREES = 500
 DEFINED = 0.95
 """The least share of resamples that a statistic must be defined in to have an interval."""
@@ -79,7 +82,7 @@ def intervals(
 
     Args:
         statistic: takes one array per entry of `sums`, each [R, …] with the sums of R resamples,
-            and gives [R, …]. It must work row by row.
+            and gives [R, …]. It must work row by row; the first row is of the clusters as they are.
         sums: arrays or tensors [C, …], the sums within each of the C clusters. All share C.
         n: resamples; None for RESAMPLES, ten times as many below FEW_CLUSTERS clusters.
         over: what the clusters are.
@@ -93,13 +96,13 @@ def intervals(
     clusters = len(arrays[0])
     if any(len(part) != clusters for part in arrays):
         raise ValueError(f"clusters differ in number: {[len(part) for part in arrays]}")
+    drawn = n or RESAMPLES * (10 if clusters < FEW_CLUSTERS else 1)
     with np.errstate(all="ignore"):
-        whole = [part.sum(0, keepdims=True) for part in arrays]
-        value = np.asarray(statistic(*whole), dtype=np.float64)[0]
-        if clusters < 2:
-            return Intervals(value, value * math.nan, value * math.nan, clusters, over)
-        drawn = n or RESAMPLES * (10 if clusters < FEW_CLUSTERS else 1)
-        found = np.asarray(statistic(*_resampled(arrays, drawn, seed)), dtype=np.float64)
+        resampled = _resampled(arrays, drawn if clusters > 1 else 0, seed)
+        found = np.asarray(statistic(*resampled), dtype=np.float64)
+    value, found = found[0], found[1:]
+    if clusters < 2:
+        return Intervals(value, value * math.nan, value * math.nan, clusters, over)
     low, high = _percentiles(found, tail(clusters) if expanded else 0.025)
     return Intervals(value, low, high, clusters, over)
 
@@ -152,26 +155,27 @@ def tail(clusters: int) -> float:
 
 
 def _resampled(arrays: list[Array], resamples: int, seed: int) -> list[Array]:
-    """The sums of each resample, [R, …] of each array [C, …]."""
+    """The sums over all clusters and over those of each resample: [1 + R, …] of each array
+    [C, …]."""
     clusters = len(arrays[0])
     parts: list[list[Array]] = [[] for _ in arrays]
     for counts in _counts(clusters, resamples, seed):
         for part, array in zip(parts, arrays, strict=True):
             sums = counts @ array.reshape(clusters, -1)
             part.append(sums.reshape(len(counts), *array.shape[1:]))
-    return [np.concatenate(part) for part in parts]
+    return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
 
 
 def _counts(clusters: int, resamples: int, seed: int) -> Iterable[Array]:
-    """How often each resample has each cluster [R, C], in pieces."""
-    if clusters * resamples <= COUNTS_AT_ONCE:
+    """How often each resample has each cluster, after a row of ones: [1 + R, C], in pieces."""
+    if clusters * resamples <= KEPT_COUNTS:
         return [_few_counts(clusters, resamples, seed)]
-    return _drawn(clusters, resamples, seed)
+    return itertools.chain([np.ones((1, clusters))], _drawn(clusters, resamples, seed))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _few_counts(clusters: int, resamples: int, seed: int) -> Array:
-    return next(iter(_drawn(clusters, resamples, seed)))
+    return np.concatenate([np.ones((1, clusters)), *_drawn(clusters, resamples, seed)])
 
 
 def _drawn(clusters: int, resamples: int, seed: int) -> Iterator[Array]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsify_vlm.analysis.bootstrap import Intervals, intervals
+from sparsify_vlm.analysis.bootstrap import intervals
 from sparsify_vlm.analysis.curves import Panel
 from sparsify_vlm.analysis.fits import CURVES, EXPONENTIAL, Curve, Fit, fit, theta_interval
 from sparsify_vlm.analysis.writes import SOURCES, defined
@@ -37,58 +37,57 @@ FIT_COLUMNS = (
 WHOLE, PART = "whole", "part"
 
 
-def whole_fits(
-    panel: Panel, compared: bool, n: int | None = None, seed: int = 0
+class _Part(NamedTuple):
+    """A curve fitted to some of the distances."""
+
+    curve: Curve
+    columns: slice
+    scope: str
+
+
+def fits_of_panel(
+    panel: Panel, compared: bool, parts: bool, n: int | None = None, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """An exponential over the whole range of the panel, and, if `compared`, the other forms too,
-    with their errors on held-out latents."""
+    """An exponential over the whole range of the panel; if `compared`, the other forms too, with
+    their errors on held-out latents; if `parts`, an exponential for each part of the range of
+    later layers."""
     options: dict[str, Any] = {"n": n or FIT_RESAMPLES, "seed": seed, "over": SOURCES}
-    curves = [
-        c for c in CURVES[: None if compared else 1] if len(panel.distances) >= c.n_parameters
+    x = panel.distances
+    curves = [c for c in CURVES[: None if compared else 1] if len(x) >= c.n_parameters]
+    fitted = [_Part(curve, slice(None), WHOLE) for curve in curves]
+    fitted += [_Part(EXPONENTIAL, columns, PART) for columns in _parts(x)] if parts else []
+
+    def values(total: Array, n: Array) -> Array:
+        means = total / n
+        return np.stack([_values(fit(c, x[at], means[:, at]), x[at]) for c, at, _ in fitted], 1)
+
+    there = np.isfinite(panel.means)
+    spread = intervals(values, np.where(there, panel.means, 0), there, **options)
+    rows = [
+        _row(part, x, len(panel.means), *bounds)
+        for part, *bounds in zip(fitted, spread.value, spread.low, spread.high, strict=True)
     ]
-    found = [_fitted(curve, WHOLE, panel.distances, panel.means, options) for curve in curves]
-    if compared and found:
-        _compare(panel, curves, found, options)
-    return found
-
-
-def range_fits(panel: Panel, n: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """One row of an exponential for each part of the range of later layers."""
-    options: dict[str, Any] = {"n": n or FIT_RESAMPLES, "seed": seed, "over": SOURCES}
-    return [
-        _fitted(EXPONENTIAL, PART, panel.distances[part], panel.means[:, part], options)
-        for part in _parts(panel.distances)
-    ]
-
-
-def _fitted(
-    curve: Curve, scope: str, x: Array, means: Array, options: dict[str, Any]
-) -> dict[str, Any]:
-    """The row of one fit to the mean of curves [S, D]."""
-    there = np.isfinite(means)
-    total = np.where(there, means, 0)
-    spread = intervals(lambda t, n: _values(fit(curve, x, t / n), x), total, there, **options)
-    with np.errstate(invalid="ignore"):  # a distance that only dead layers have
-        mean = total.sum(0) / there.sum(0)
-    return _row(curve, x, scope, len(means), spread, mean)
+    if compared:
+        _compare(panel, curves, rows[: len(curves)], options)
+    return rows
 
 
 def fits_of_means(x: Array, y: Array) -> list[dict[str, Any]]:
     """All those rows from mean norms y [D] at distances x [D] alone."""
-    ranges = [(curve, slice(None), WHOLE) for curve in CURVES]
-    ranges += [(EXPONENTIAL, columns, PART) for columns in _parts(x)]
-    found = []
-    for curve, columns, scope in ranges:
-        at, points = x[columns], y[columns]
-        if len(at) < curve.n_parameters:
+    fitted = [_Part(curve, slice(None), WHOLE) for curve in CURVES]
+    fitted += [_Part(EXPONENTIAL, columns, PART) for columns in _parts(x)]
+    rows = []
+    for part in fitted:
+        at, points = x[part.columns], y[part.columns]
+        if len(at) < part.curve.n_parameters:
             continue
-        values = fit(curve, at, points[None])
-        low, high = _values(values, at)[0] * math.nan, _values(values, at)[0] * math.nan
-        if np.isfinite(values.identified(at)[0]):
-            low[0], high[0] = theta_interval(values, at, points)
-        spread = Intervals(_values(values, at)[0], low, high, len(at), "")
-        found.append(_row(curve, at, scope, None, spread, points))
-    return found
+        found = fit(part.curve, at, points[None])
+        value = _values(found, at)[0]
+        low, high = value * math.nan, value * math.nan
+        if np.isfinite(value[0]):
+            low[0], high[0] = theta_interval(found, at, points)
+        rows.append(_row(part, x, None, value, low, high))
+    return rows
 
 
 def disagreement(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -142,31 +141,25 @@ def _parts(x: Array) -> list[slice]:
 
 
 def _values(found: Fit, x: Array) -> Array:
-    """[R, 3]: θ, amplitude, floor."""
-    return np.stack([found.identified(x), found.amplitude, found.floor], 1)
+    """[R, 4]: θ, amplitude, floor, and the root of Σ deviation² / Σ norm²."""
+    return np.stack([found.identified(x), found.amplitude, found.floor, found.error], 1)
 
 
 def _row(
-    curve: Curve, x: Array, scope: str, sources: int | None, spread: Intervals, points: Array
+    part: _Part, x: Array, sources: int | None, value: Array, low: Array, high: Array
 ) -> dict[str, Any]:
-    found = fit(curve, x, points[None])
+    """The row of a fit from its `_values` and their bounds, each [4]."""
+    curve, at = part.curve, x[part.columns]
     row: dict[str, Any] = dict.fromkeys(FIT_COLUMNS)
-    row |= {"model": curve.name, "scope": scope, "points": len(x), "sources": sources}
-    row |= {"range_from": float(x[0]), "range_to": float(x[-1])}
+    row |= {"model": curve.name, "scope": part.scope, "points": len(at), "sources": sources}
+    row |= {"range_from": float(at[0]), "range_to": float(at[-1])}
     names = [curve.parameter, "amplitude", *(["floor"] if curve.floor else [])]
     for place, name in enumerate(names):
-        row[name] = defined(float(spread.value[place]))
-        row[f"{name}_low"] = defined(float(spread.low[place]))
-        row[f"{name}_high"] = defined(float(spread.high[place]))
-    row["error"] = defined(float(_relative(found.at(x), points[None])[0]))
+        row[name] = defined(float(value[place]))
+        row[f"{name}_low"] = defined(float(low[place]))
+        row[f"{name}_high"] = defined(float(high[place]))
+    row["error"] = defined(float(value[3]))
     return row
-
-
-def _relative(fitted: Array, points: Array) -> Array:
-    """Root of Σ deviation² / Σ norm² over the last axis, of what is there."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        apart = np.nansum((fitted - points) ** 2, -1) / np.nansum(points**2, -1)
-    return np.sqrt(apart)
 
 
 def _held_out(halves: Array, x: Array, curves: Sequence[Curve]) -> Array:
@@ -174,12 +167,15 @@ def _held_out(halves: Array, x: Array, curves: Sequence[Curve]) -> Array:
 
     Halves are brought to the same size before: how large their latents are is not asked for.
     """
-    halves = halves / np.sqrt(np.nansum(halves**2, -1, keepdims=True))
+    there = np.isfinite(halves)
+    size = np.sqrt((np.where(there, halves, 0) ** 2).sum(-1, keepdims=True))
+    halves = halves / size
     train, test = np.concatenate([halves[:, 0], halves[:, 1]]), halves[:, ::-1]
     errors = []
     for curve in curves:
         fitted = fit(curve, x, train).at(x).reshape(2, len(halves), -1).transpose(1, 0, 2)
-        errors.append(np.sqrt((_relative(fitted, test) ** 2).mean(1)))
+        squares = np.where(there[:, ::-1], fitted - test, 0) ** 2
+        errors.append(np.sqrt(squares.sum(-1).mean(1)))
     return np.stack(errors, 1)
 
 

@@ -26,8 +26,7 @@ from sparsify_vlm.analysis.decay import (
     FIT_COLUMNS,
     disagreement,
     fits_of_means,
-    range_fits,
-    whole_fits,
+    fits_of_panel,
 )
 from sparsify_vlm.analysis.decoders import Coder
 from sparsify_vlm.analysis.tables import Estimate, Experiment, Table
@@ -180,10 +179,8 @@ def _half_life(kind: Kind, panel: str, rows: Sequence[dict[str, Any]]) -> dict[s
 
 
 def _fitted(kind: Kind, panel: Panel, options: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = whole_fits(panel, kind.role == ALL, **options)
-    if kind.weighting == "latents" and kind.role == ALL:
-        rows += range_fits(panel, **options)
-    return rows
+    every = kind.role == ALL
+    return fits_of_panel(panel, every, every and kind.weighting == "latents", **options)
 
 
 def _decay_rows(

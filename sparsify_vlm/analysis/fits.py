@@ -91,6 +91,16 @@ class Fit:
     floor: Array
     squares: Array
     """Sum of the squared deviations."""
+    size: Array
+    """Sum of the squares of the points."""
+    points: Array
+    """How many points there are."""
+
+    @property
+    def error(self) -> Array:
+        """[R]: root of Σ deviation² / Σ point²."""
+        with np.errstate(all="ignore"):
+            return np.sqrt(self.squares / self.size)
 
     def at(self, x: Array) -> Array:
         """The curves at distances x [D]: [R, D]."""
@@ -98,10 +108,12 @@ class Fit:
         return self.amplitude[:, None] * shapes + self.floor[:, None]
 
     def identified(self, x: Array) -> Array:
-        """[R]: θ, NaN where it is at the end of what was tried or the curve does not fall."""
+        """[R]: θ, NaN where it is at the end of what was tried, the curve does not fall, or there
+        are fewer points than parameters."""
         low, high = self.curve.bounds(x)
         inside = (self.theta > low * 1.01) & (self.theta < high / 1.01)
-        return np.where(inside & (self.amplitude > 0), self.theta, math.nan)
+        enough = self.points >= self.curve.n_parameters
+        return np.where(inside & enough & (self.amplitude > 0), self.theta, math.nan)
 
 
 def fit(curve: Curve, x: Array, y: Array) -> Fit:
@@ -109,7 +121,8 @@ def fit(curve: Curve, x: Array, y: Array) -> Fit:
     grid, ways = curve.grid(x), _ways(curve, x, y)
     with np.errstate(all="ignore"):
         rate, squares, amplitude, floor = _best(_solved(way, _best_rate(way, grid)) for way in ways)
-    return Fit(curve, curve.rate(rate), amplitude, floor, squares)
+    size, points = _inner(ways[0].y, ways[0].y), np.isfinite(y).sum(1)
+    return Fit(curve, curve.rate(rate), amplitude, floor, squares, size, points)
 
 
 def theta_interval(found: Fit, x: Array, y: Array) -> tuple[float, float]:
