@@ -191,15 +191,15 @@ def _drawn(clusters: int, resamples: int, seed: int) -> Iterator[Array]:
 
 def _percentiles(found: Array, share: float) -> tuple[Array, Array]:
     """Percentiles over the first axis of what is finite; NaN where too little is."""
-    finite = np.isfinite(found)
-    if finite.all():
-        low, high = np.quantile(found, [share, 1 - share], axis=0)
-        return low, high
-    enough = finite.mean(0) >= DEFINED
-    known = np.where(finite & enough, found, np.nan)
-    known[0] = np.where(enough, known[0], 0.0)  # nanquantile warns about columns without a number
-    low, high = np.nanquantile(known, [share, 1 - share], axis=0)
-    return np.where(enough, low, np.nan), np.where(enough, high, np.nan)
+    columns = found.reshape(len(found), -1)
+    finite = np.isfinite(columns)
+    ends = np.full((2, columns.shape[1]), math.nan)
+    whole = finite.all(0)
+    ends[:, whole] = np.quantile(columns[:, whole], [share, 1 - share], axis=0)
+    for place in np.flatnonzero(~whole & (finite.mean(0) >= DEFINED)):
+        ends[:, place] = np.quantile(columns[finite[:, place], place], [share, 1 - share])
+    low, high = ends.reshape(2, *found.shape[1:])
+    return low, high
 
 
 @cache

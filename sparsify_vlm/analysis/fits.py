@@ -34,6 +34,8 @@ from sparsify_vlm.analysis.bootstrap import student_point
 
 Array = np.ndarray
 GRID = 80
+AT_ONCE = 400
+"""Sets of points of which all nodes are tried at once: what is worked on stays in the cache."""
 STEPS = 60
 """Of Newton's method; some four are needed, more only where the squares are flat."""
 CLOSE = 1e-9
@@ -158,7 +160,7 @@ class _Points:
     y: Array
     """[R, D]: deviations from the mean or, without a floor, y itself; 0 of a missing point."""
 
-    def rows(self, kept: Array) -> _Points:
+    def rows(self, kept: Array | slice) -> _Points:
         """Some of the sets of points."""
         there, mean = (None if a is None else a[kept] for a in (self.there, self.mean))
         return _Points(self.z, there, mean, self.y[kept])
@@ -221,15 +223,21 @@ def _best_rate(points: _Points, grid: Array) -> Array:
 
 def _best_node(points: _Points, grid: Array) -> Array:
     """Index [R] into the grid of the largest p/√s with a floor that is not below zero."""
+    if len(points.y) > AT_ONCE:
+        blocks = [slice(i, i + AT_ONCE) for i in range(0, len(points.y), AT_ONCE)]
+        return np.concatenate([_best_node(points.rows(block), grid) for block in blocks])
     shapes = np.exp(np.multiply.outer(grid, -points.z))
     there = np.ones((1, len(points.z))) if points.there is None else points.there
     p, s = points.y @ shapes.T, there @ (shapes**2).T
     if points.mean is None:
-        return (p / np.sqrt(s)).argmax(1)
-    n, total, whole = there.sum(1, keepdims=True), there @ shapes.T, s
-    s = whole - total**2 / n
-    allowed = (p * (total / n / s) <= points.mean) & (s > SAME * whole)
-    return np.where(allowed, p / np.sqrt(s), -math.inf).argmax(1)
+        p /= np.sqrt(s)
+        return p.argmax(1)
+    mean = there @ shapes.T / there.sum(1, keepdims=True)
+    s = np.maximum(s - mean**2 * there.sum(1, keepdims=True), SAME * s)
+    allowed = p * (mean / s) <= points.mean
+    p /= np.sqrt(s)
+    p *= allowed
+    return p.argmax(1)
 
 
 def _derivatives(points: _Points, rate: Array) -> tuple[Array, Array]:
