@@ -6,6 +6,7 @@ compare(cfg)     two coders, or two groups of them -> the same files about their
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -107,6 +108,8 @@ def _say(results: Results, folder: Path) -> None:
 
     from sparsify_vlm.report.analysis.conclusions import conclusions
 
+    for warning in results.provenance.get("warnings", []):
+        print(f"warning: {warning}", file=sys.stderr)
     for heading, found in conclusions(results).items():
         print(heading)
         for sentence in found:

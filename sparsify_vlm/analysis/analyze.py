@@ -31,6 +31,7 @@ from sparsify_vlm.analysis.tokens import ModelTokens, Tokens, Watched, token_bat
 from sparsify_vlm.analysis.weights import weights
 from sparsify_vlm.coders import Clt, load_clt
 from sparsify_vlm.coders.formats import InMemory, StoredClt, open_clt
+from sparsify_vlm.coders.formats.gemma_scope import SAMPLED, Stored
 from sparsify_vlm.data import ActivationStore, DataConfig
 from sparsify_vlm.progress import Progress
 from sparsify_vlm.replacement import VLMReplacementModel
@@ -201,8 +202,22 @@ def _provenance(measured: _Measured, cfg: AnalyzeConfig) -> dict[str, Any]:
         "settings": {"seed": cfg.seed, "bootstrap": cfg.bootstrap, "labels": cfg.labels},
         "versions": {name: version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
-        "warnings": list(measured.stored.warnings),
+        "warnings": [*measured.stored.warnings, *_warnings(measured)],
     }
+
+
+def _warnings(measured: _Measured) -> list[str]:
+    """What a reader must know of how coder, model and reading fit."""
+    found, opened, stored = [], measured.opened, measured.stored
+    if stored.format == Stored.format and opened is None:
+        found.append(
+            f"Writes to earlier layers were looked for in {SAMPLED} latents of each layer only; "
+            "with tokens, and by export, all are looked at."
+        )
+    model = opened.model.loaded.name if opened and opened.model else None
+    if model and stored.cfg.model and model != stored.cfg.model:
+        found.append(f"The coder is of {stored.cfg.model}; it was measured in {model}.")
+    return found
 
 
 def _data(measured: _Measured, cfg: AnalyzeConfig) -> dict[str, Any] | None:

@@ -77,6 +77,41 @@ def refused(capfd: pytest.CaptureFixture[str]) -> Check:
     return run
 
 
+def test_it_is_said_what_was_not_looked_at(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of Gemma Scope 2's files an analysis of the weights reads single slots of earlier layers."""
+    clt = coder(model="")
+    jump = Clt(replace(clt.cfg, activation="jumprelu", model=None))
+    jump.load_state_dict({k: v for k, v in clt.state_dict().items()}, strict=False)
+    with torch.no_grad():
+        for threshold in jump.threshold:
+            threshold.fill_(0.1)
+    save_clt(jump, tmp_path / "ours")
+    line = ["export", tmp_path / "ours", "gemma-scope-2", tmp_path / "theirs"]
+    assert main([str(word) for word in line]) == 0
+    for name, said in (("theirs", True), ("ours", False)):
+        capfd.readouterr()
+        line = ["analyze", tmp_path / name, "--only", "weights", "--bootstrap", "100"]
+        line += ["--output_dir", tmp_path / f"{name}.analysis"]
+        assert main([str(word) for word in line]) == 0
+        assert ("looked for in 16 latents" in capfd.readouterr().err) == said
+        report = (tmp_path / f"{name}.analysis" / "report.md").read_text()
+        assert ("looked for in 16 latents" in report) == said
+
+
+def test_a_coder_of_another_model_is_named(
+    shelf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = ["shapes", "--max_examples", "4", "--only", "weights", "--model", "tiny-llava"]
+    for name, said in (("llm", True), ("vlm", False)):
+        capfd.readouterr()
+        line = ["analyze", shelf / name, *data, "--output_dir", tmp_path / name]
+        assert main([str(word) for word in line]) == 0
+        err = capfd.readouterr().err
+        assert ("is of tiny-llama; it was measured in tiny-llava" in err) == said
+
+
 def test_everything_lands_in_the_folder(shelf: Path) -> None:
     folder = shelf / "analysis"
     stored = json.loads((folder / "results.json").read_text())
