@@ -27,7 +27,7 @@ lint: $(VENV)/.dev
 
 test: lint
 	scripts/install_chromium.sh
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Figures of other runs are kept on the page if they are stored beside these, for example with
 #   python scripts/bench_step.py --config B --check --json runs/bench/step_B.json

@@ -16,11 +16,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "disabled"
 # sparsify takes its Triton decoder wherever Triton can be imported, CPU tensors or not.
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
-# sparsify takes its Triton decoder because Triton can be imported, even for tensors on a CPU.
-os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(_name, None)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: many short ones at the end keep all workers busy to the last.
+
+    For `--dist loadfile --no-loadscope-reorder`; a file's own order stays.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from forks import Forks
 
 from sparsify_vlm import _dispatch
 from sparsify_vlm._dispatch import KINDS, STAND_IN, find_main, is_wanted
@@ -231,46 +234,68 @@ def test_switched_off() -> None:
     assert int(with_hook.stdout) == int(without.stdout) + 1
 
 
+@pytest.fixture(scope="module")
+def sparsify() -> Iterator[Callable[..., dict[str, Any]]]:
+    """What `python -m sparsify` does, without the seconds in which it is imported."""
+    environment = {"COLUMNS": "100", "SPARSIFY_VLM_HOOK": "1"}
+    forks = Forks(Path(__file__).with_name("process_of_sparsify.py"), environment)
+
+    def call(
+        line: str, program: str = "-m", run_name: str = "__main__", hook: bool = True
+    ) -> dict[str, Any]:
+        arguments = [program, *line.split()]
+        found = forks.ask({"arguments": arguments, "run_name": run_name, "hook": hook})
+        assert isinstance(found, dict)
+        return found
+
+    yield call
+    forks.end()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("line", ["--help", "no/such-model ds --k 4"])
-def test_upstream_is_untouched(line: str, tmp_path: Path) -> None:
-    """Same bytes and exit status as with the hook off; on a CPU, upstream's own errors."""
-    command = [*SPARSIFY, *line.split()]
+def test_upstream_is_untouched(tmp_path: Path) -> None:
+    """Same bytes and exit status as with the hook off."""
     with ThreadPoolExecutor() as pool:
         hook = ({"SPARSIFY_VLM_HOOK": "1"}, {"SPARSIFY_VLM_HOOK": "0"})
-        ours, upstream = pool.map(lambda environment: run(command, tmp_path, environment), hook)
+        ours, upstream = pool.map(
+            lambda environment: run([*SPARSIFY, "--help"], tmp_path, environment), hook
+        )
+    assert "usage" in upstream.stdout
     assert ours.stdout == upstream.stdout
     assert ours.stderr == upstream.stderr
     assert ours.returncode == upstream.returncode
 
 
 @pytest.mark.slow
-def test_module_and_torchrun_reach_our_command(tmp_path: Path) -> None:
-    module = run([*SPARSIFY, "llava", "--transcode", "--help"], tmp_path)
-    assert module.returncode == 0, module.stderr
-    assert "--cross_layer" in module.stdout
-    assert "usage: python -m sparsify MODEL [DATASET]" in module.stdout
+def test_upstreams_own_errors(sparsify: Callable[..., dict[str, Any]]) -> None:
+    ours, upstream = (sparsify("no/such-model ds --k 4", hook=hook) for hook in (True, False))
+    assert "in load_artifacts" in upstream["stderr"]  # a function of upstream's `__main__`
+    assert upstream["status"] == 1
+    assert ours == upstream
+
+
+@pytest.mark.slow
+def test_module_and_spawned_worker(sparsify: Callable[..., dict[str, Any]]) -> None:
+    module = sparsify("llava --transcode --help")
+    assert module["status"] == 0, module["stderr"]
+    assert "--cross_layer" in module["stdout"]
+    assert "usage: python -m sparsify MODEL [DATASET]" in module["stdout"]
+    # What multiprocessing's spawn does in a worker to make the parent's `__main__` importable.
+    worker = sparsify("tiny-llava", program=str(STAND_IN), run_name="__mp_main__")
+    assert worker["status"] == 0, worker["stderr"]
+    assert worker["run_is_of"] == "sparsify_vlm.cli"
+
+
+@pytest.mark.slow
+def test_torchrun_and_console_script_reach_our_command(tmp_path: Path) -> None:
     torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "1", "-m", "sparsify"]
     distributed = run([*torchrun, "tiny-llava", "--help"], tmp_path)
     assert distributed.returncode == 0, distributed.stderr
     assert "--cross_layer" in distributed.stdout
-
-
-@pytest.mark.slow
-def test_console_script_and_spawned_worker(tmp_path: Path) -> None:
     script = run([str(BIN / "sparsify"), "llava", "--no_such_flag", "3"], tmp_path)
     assert script.returncode == 2
     assert "unknown flag --no_such_flag" in script.stderr
     assert "Traceback" not in script.stderr
-    # What multiprocessing's spawn does in a worker to make the parent's `__main__` importable.
-    program = f"""
-import runpy, sys
-sys.argv = [{str(STAND_IN)!r}, "tiny-llava"]
-names = runpy.run_module("sparsify.__main__", run_name="__mp_main__", alter_sys=True)
-assert names["run"].__module__ == "sparsify_vlm.cli"
-"""
-    worker = run([sys.executable, "-c", program], tmp_path)
-    assert worker.returncode == 0, worker.stderr
 
 
 @pytest.mark.slow

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from torch import Tensor
 
 from sparsify_vlm.coders.kernels import compiled, rounding
@@ -271,38 +270,20 @@ def test_calls_from_several_threads_at_once(threads: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_has_its_own_threads() -> None:
-    script = (
-        "import os, torch\n"
-        "from sparsify_vlm.coders.kernels import compiled\n"
-        "torch.set_num_threads(2)\n"
-        "pre = torch.randn(64, 40)\n"
-        "compiled.top(pre, 3)\n"
-        "child = os.fork()\n"
-        "if child == 0:\n"
-        "    compiled.top(pre, 3)\n"
-        "    os._exit(7)\n"
-        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
-    )
-    assert _python(script).strip() == "7"
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Forks]:
+    """Processes that have imported `compiled` and used nothing of it."""
+    forks = Forks(Path(__file__).with_name("process_of_compiled_kernels.py"), {})
+    yield forks
+    forks.end()
 
 
-def _python(script: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def test_a_forked_process_has_its_own_threads(fresh: Forks) -> None:
+    assert fresh.ask({"call": "use_in_fork"}) == 7
 
 
-def test_numba_is_not_imported_before_it_is_needed() -> None:
-    script = "import sys, sparsify_vlm.coders.kernels.compiled; print('numba' in sys.modules)"
-    assert _python(script).strip() == "False"
+def test_numba_is_not_imported_before_it_is_needed(fresh: Forks) -> None:
+    assert fresh.ask({"call": "numba_is_imported"}) is False
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,20 +301,12 @@ def test_a_numba_that_does_not_work_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_where_compiled_code_is_kept(tmp_path: Path, writable: bool) -> None:
+def test_where_compiled_code_is_kept(fresh: Forks, tmp_path: Path, writable: bool) -> None:
     """In numba's folder; where nothing can be written it is compiled for this process only."""
     folder = tmp_path / "cache"
     folder.mkdir()
-    script = (
-        "import torch\n"
-        "from numba.core import caching\n"
-        "def nowhere(*ignored): raise OSError('read-only file system')\n"
-        f"if not {writable}: caching._CacheLocator.ensure_cache_path = nowhere\n"
-        "from sparsify_vlm.coders.kernels import compiled\n"
-        "order, _, _ = compiled.sort(torch.tensor([0, 2]), torch.tensor([1, 0]), 2)\n"
-        "print(order.tolist())\n"
-    )
-    assert _python(script, NUMBA_CACHE_DIR=str(folder)).strip() == "[1, 0]"
+    call = {"call": "sort_entries", "folder": str(folder), "writable": writable}
+    assert fresh.ask(call) == [1, 0]
     assert bool(list(folder.rglob("*.nbi"))) == writable
 
 

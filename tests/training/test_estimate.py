@@ -138,7 +138,7 @@ def test_the_steps_bytes_are_about_those_torch_allocates(
         parameter.data.normal_()
     for threshold in clt.threshold:
         threshold.data.fill_(0.001 if cfg.activation == "jumprelu" else 0)
-    tokens = 2048 // micro
+    tokens = 1024 // micro
     dtype = torch.float32 if number_bytes == 4 else torch.bfloat16
     x = torch.randn(4, tokens, 64).to(dtype)
     optimizers = Optimizers(
@@ -153,7 +153,7 @@ def test_the_steps_bytes_are_about_those_torch_allocates(
         lambda: forward_backward(clt, x, x, variance=torch.ones(4), gradients=at_once)
     )
     asked = job(
-        cfg, optimizer="adam", tokens=2048, micro_acc_steps=micro, number_bytes=number_bytes
+        cfg, optimizer="adam", tokens=1024, micro_acc_steps=micro, number_bytes=number_bytes
     )
     found = footprint(asked)
     expected = found.coders - (found.gradients if micro > 1 else 0)
