@@ -8,10 +8,13 @@ layer; of a coder that reads x_l to write from y_{l+1} on, it is the next one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
+from natsort import natsorted
 from torch import Tensor
 
 from sparsify_vlm.coders import Clt, CltConfig
@@ -20,6 +23,8 @@ from sparsify_vlm.coders.kernels import compiled
 
 BLOCK_BYTES = 4 << 20
 """Read at a time: it is still in the cache when it is worked on."""
+READERS = 2
+"""Layers read side by side: one is worked on while the system copies what was read of another."""
 COLUMNS = 16
 """Of an encoder that is stored by columns, gone through at a time."""
 
@@ -67,19 +72,23 @@ Coder = StoredClt | Clt | Decoders
 
 
 def read_decoders(coder: Coder, watch: Callable[[int], None] = lambda _: None) -> Decoders:
-    """Read every layer's coder once, one block of `BLOCK_BYTES` at a time.
+    """Read every layer's coder once, by READERS threads, each one block of `BLOCK_BYTES` at a time.
 
-    `watch(s)` is called before source layer `s` is read. What was read already is returned as it
-    is. Raises `UserError` naming the file and key of a tensor that is not finite.
+    `watch(s)` is called before source layer `s` is waited for. What was read already is returned
+    as it is. Raises `UserError` naming the file and key of a tensor that is not finite.
     """
     if isinstance(coder, Decoders):
         return coder
     stored = InMemory(coder) if isinstance(coder, Clt) else coder
-    sources = []
-    for s in stored.cfg.source_layers():
-        watch(s)
-        sources.append(_source(stored, s))
-    return Decoders(stored.cfg, sources, tuple(stored.warnings))
+    sources, pool = [], ThreadPoolExecutor(READERS)
+    try:
+        readings = [(s, pool.submit(_source, stored, s)) for s in stored.cfg.source_layers()]
+        for s, reading in readings:
+            watch(s)
+            sources.append(reading.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return Decoders(stored.cfg, sources, tuple(natsorted(stored.warnings)))
 
 
 @torch.no_grad()
@@ -105,7 +114,8 @@ def encoder_norms(W: Tensor) -> Tensor:
         return torch.linalg.vecdot(W, W).sqrt()
     total = torch.zeros(len(W), dtype=W.dtype)
     for part in W.split(COLUMNS, dim=1):
-        total += (part * part).sum(1)
+        columns = part.T.numpy()
+        total += torch.from_numpy(np.einsum("df,df->f", columns, columns))
     return total.sqrt()
 
 

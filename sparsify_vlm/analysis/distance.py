@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 Array = np.ndarray
 FACTORS = (1, 5)
 """Distances at which the mean norm is compared with that at distance 0."""
+SIDE_BY_SIDE = 2
+"""Kinds of curves worked on at a time."""
 DECAY_COLUMNS = (
     "distance",
     "variant",
@@ -62,28 +66,13 @@ def distance(
     writes = all_writes(coder, sigma, activity)
     curves = read_curves(writes, seed)
     options = {"n": resamples, "seed": seed}
-    estimates: dict[str, Estimate] = {}
-    decay: list[dict[str, Any]] = []
-    fits: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:  # numpy holds no lock while it works
+        found = list(pool.map(lambda one: _of_kind(one, options), curves))
     notes = writes.notes()
-    for one in curves:
-        estimates |= _factors(one, options)
-        for panel in PANELS:
-            points = one.panel(panel)
-            decay += _decay_rows(one.kind, panel, points, options)
-            if len(points.distances) < 2:
-                continue
-            found = [
-                {**one.kind._asdict(), "panel": panel, **row}
-                for row in _fitted(one.kind, points, options)
-            ]
-            fits += found
-            estimates |= _half_life(one.kind, panel, found)
-            if one.kind.weighting == "latents" and one.kind.role == ALL:
-                notes += [
-                    f"{one.kind.variant} norms, {panel} sources: {text}"
-                    for text in disagreement(found)
-                ]
+    decay = [row for one in found for row in one.decay]
+    fits = [row for one in found for row in one.fits]
+    estimates = {name: value for one in found for name, value in one.estimates.items()}
+    notes += [note for one in found for note in one.notes]
     return Experiment(
         "distance",
         estimates,
@@ -95,6 +84,34 @@ def distance(
         },
         notes,
     )
+
+
+@dataclass
+class _Found:
+    """Of one kind of curve."""
+
+    estimates: dict[str, Estimate]
+    decay: list[dict[str, Any]] = field(default_factory=list)
+    fits: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def _of_kind(curves: Curves, options: dict[str, Any]) -> _Found:
+    kind = curves.kind
+    found = _Found(_factors(curves, options))
+    for name in PANELS:
+        panel = curves.panel(name)
+        found.decay += _decay_rows(kind, name, panel, options)
+        if len(panel.distances) < 2:
+            continue
+        place = {**kind._asdict(), "panel": name}
+        fits = [place | row for row in _fitted(kind, panel, options)]
+        found.fits += fits
+        found.estimates |= _half_life(kind, name, fits)
+        if kind.weighting == "latents" and kind.role == ALL:
+            said = f"{kind.variant} norms, {name} sources"
+            found.notes += [f"{said}: {text}" for text in disagreement(fits)]
+    return found
 
 
 def distance_from_means(distances: Sequence[float], means: Sequence[float]) -> Experiment:

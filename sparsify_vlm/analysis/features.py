@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from sparsify_vlm.analysis.activity import Activity
 
 TOP = 5
+TINY = torch.finfo(torch.float64).tiny
 MEASURES = ("cross_score", "effective_targets", "reach", "own_cosine")
 TOP_COLUMNS = (
     "source",
@@ -142,7 +143,7 @@ def per_latent(writes: Writes) -> dict[str, Tensor]:
     later = writes.decoders.cosine()[writes.live][:, 1:]
     return {
         "cross_score": (1 - p[:, 0]).clamp(min=0),
-        "effective_targets": torch.special.entr(p).sum(1).exp(),
+        "effective_targets": (-p * p.clamp(min=TINY).log()).sum(1).exp(),
         "reach": p @ distance,
         "own_cosine": later.nanmean(1),
     }

@@ -137,10 +137,9 @@ def _announce(rows: Rows, files: _OpenFiles) -> None:
     """Tell the kernel of rows with gaps; of others it knows by itself."""
     if not rows.gap or not hasattr(os, "posix_fadvise"):
         return
-    descriptor = files.get(rows.path)
+    descriptor, size, step = files.get(rows.path), rows.row_bytes, rows.step
     for i in range(rows.count):
-        start = rows.offset + i * rows.step
-        os.posix_fadvise(descriptor, start, rows.row_bytes, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(descriptor, rows.offset + i * step, size, os.POSIX_FADV_WILLNEED)
 
 
 class _OpenFiles:
@@ -164,13 +163,13 @@ class _OpenFiles:
 
 def _fill(place: memoryview, rows: Rows, files: _OpenFiles) -> None:
     """Read all of `rows` into `place`."""
-    descriptor = files.get(rows.path)
+    descriptor, step = files.get(rows.path), rows.step
     size = rows.row_bytes if rows.gap else len(place)
     for i, start in enumerate(range(0, len(place), size)):
         done = 0
         while done < size:
             part = place[start + done : start + size]
-            got = os.preadv(descriptor, [part], rows.offset + i * rows.step + done)
+            got = os.preadv(descriptor, [part], rows.offset + i * step + done)
             if not got:
                 raise UserError(f"{rows.path}: the file ends within tensor '{rows.key}'")
             done += got
