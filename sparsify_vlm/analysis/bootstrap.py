@@ -39,6 +39,8 @@ FEW_CLUSTERS = 30
 COUNTS_AT_ONCE = 1 << 22
 KEPT_COUNTS = 1 << 20
 """Counts of the last few kinds of resamples are kept if they are not more: 8 MiB each."""
+ALONE, LEAST_ROWS = 1 << 18, 32
+"""Multiplications up to which OpenBLAS uses one thread; rows below which that is too few."""
 MANY_DEGREES = 500
 DEFINED = 0.95
 """The least share of resamples that a statistic must be defined in to have an interval."""
@@ -161,9 +163,27 @@ def _resampled(arrays: list[Array], resamples: int, seed: int) -> list[Array]:
     parts: list[list[Array]] = [[] for _ in arrays]
     for counts in _counts(clusters, resamples, seed):
         for part, array in zip(parts, arrays, strict=True):
-            sums = counts @ array.reshape(clusters, -1)
+            sums = product(counts, array.reshape(clusters, -1))
             part.append(sums.reshape(len(counts), *array.shape[1:]))
     return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
+
+
+def product(a: Array, b: Array) -> Array:
+    """a @ b of a [R, C] with many rows and a small b [C, K], in the calling thread.
+
+    BLAS would share it out over threads that wait by spinning, which takes longer than the product,
+    and keeps other threads from theirs.
+    """
+    if b.shape[1] == 1:
+        return np.einsum("rc,ck->rk", a, b)
+    rows = ALONE // b.size
+    if len(a) <= rows or rows < LEAST_ROWS:
+        return a @ b
+    found = np.empty((len(a), b.shape[1]))
+    for start in range(0, len(a), rows):
+        block = slice(start, start + rows)
+        np.matmul(a[block], b, out=found[block])
+    return found
 
 
 def _counts(clusters: int, resamples: int, seed: int) -> Iterable[Array]:

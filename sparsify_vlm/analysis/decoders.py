@@ -7,8 +7,9 @@ layer; of a coder that reads x_l to write from y_{l+1} on, it is the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -71,6 +72,22 @@ class Decoders:
 Coder = StoredClt | Clt | Decoders
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Context in which torch's operations stay in the calling thread, also a decorator.
+
+    Many of those here are too small to be shared out, and helping threads that wait for the next
+    one by spinning keep others from their work.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def read_decoders(coder: Coder, watch: Callable[[int], None] = lambda _: None) -> Decoders:
     """Read every layer's coder once, by READERS threads, each one block of `BLOCK_BYTES` at a time.
 

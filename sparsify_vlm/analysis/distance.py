@@ -30,7 +30,7 @@ from sparsify_vlm.analysis.decay import (
     fits_of_means,
     fits_of_panel,
 )
-from sparsify_vlm.analysis.decoders import Coder
+from sparsify_vlm.analysis.decoders import Coder, one_thread
 from sparsify_vlm.analysis.tables import Estimate, Experiment, Table
 from sparsify_vlm.analysis.writes import ALL, SOURCES, Numbers, all_writes, defined
 
@@ -55,6 +55,7 @@ DECAY_COLUMNS = (
 )
 
 
+@one_thread()
 def distance(
     coder: Coder,
     sigma: Numbers | None = None,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sparsify_vlm.analysis.bootstrap import ratio_interval
-from sparsify_vlm.analysis.decoders import Coder
+from sparsify_vlm.analysis.decoders import Coder, one_thread
 from sparsify_vlm.analysis.tables import Estimate, Experiment, Table
 from sparsify_vlm.analysis.writes import (
     ALL,
@@ -61,6 +61,7 @@ LAYER_COLUMNS = (
 )
 
 
+@one_thread()
 def features(
     coder: Coder,
     sigma: Numbers | None = None,

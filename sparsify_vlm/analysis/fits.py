@@ -30,7 +30,7 @@ from functools import reduce
 
 import numpy as np
 
-from sparsify_vlm.analysis.bootstrap import student_point
+from sparsify_vlm.analysis.bootstrap import product, student_point
 
 Array = np.ndarray
 GRID = 80
@@ -228,11 +228,11 @@ def _best_node(points: _Points, grid: Array) -> Array:
         return np.concatenate([_best_node(points.rows(block), grid) for block in blocks])
     shapes = np.exp(np.multiply.outer(grid, -points.z))
     there = np.ones((1, len(points.z))) if points.there is None else points.there
-    p, s = points.y @ shapes.T, there @ (shapes**2).T
+    p, s = product(points.y, shapes.T), product(there, (shapes**2).T)
     if points.mean is None:
         p /= np.sqrt(s)
         return p.argmax(1)
-    mean = there @ shapes.T / there.sum(1, keepdims=True)
+    mean = product(there, shapes.T) / there.sum(1, keepdims=True)
     s = np.maximum(s - mean**2 * there.sum(1, keepdims=True), SAME * s)
     allowed = p * (mean / s) <= points.mean
     p /= np.sqrt(s)

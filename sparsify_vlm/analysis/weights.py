@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsify_vlm.analysis.bootstrap import Intervals, mean_interval, ratio_interval
-from sparsify_vlm.analysis.decoders import Coder
+from sparsify_vlm.analysis.decoders import Coder, one_thread
 from sparsify_vlm.analysis.tables import Estimate, Experiment, Table
 from sparsify_vlm.analysis.writes import (
     ALL,
@@ -44,6 +44,7 @@ HEATMAP = ("source", "target", "variant", "mean_norm", "squared_share")
 WITH_DATA = ("energy_share", "block_share")
 
 
+@one_thread()
 def weights(
     coder: Coder,
     sigma: Numbers | None = None,
