@@ -43,11 +43,11 @@ HEADLINES: dict[str, tuple[str, Form]] = {
     "block_share_same": ("The own layer's block share", percent),
     "mean_effective_targets": ("The effective number of targets", number),
     "mean_effective_targets.energy": (
-        "The effective number of targets, weighted by activity,",
+        "The effective number of targets weighted by activity",
         number,
     ),
     "mean_reach": ("The reach", number),
-    "mean_reach.energy": ("The reach, weighted by activity,", number),
+    "mean_reach.energy": ("The reach weighted by activity", number),
     "decay_factor_0_5": ("The decay factor of plain norms from 0 to 5", number),
     "decay_factor_0_5.corrected": ("The decay factor of gauge-free norms from 0 to 5", number),
     "fvu.full": ("The FVU of the full CLT", percent),
@@ -75,10 +75,10 @@ BY_ROLE_WORDS = {
     "fvu_difference.same_only": "The FVU added by cutting cross-layer writes",
     "fvu_difference.refit": "The FVU added by cutting them and refitting same-layer decoders",
     "error_difference.same_only": (
-        "The error added by cutting cross-layer writes, over the variance of all tokens,"
+        "The error added by cutting cross-layer writes, over the variance of all tokens"
     ),
     "error_difference.refit": (
-        "The error added by cutting them and refitting, over the variance of all tokens,"
+        "The error added by cutting them and refitting, over the variance of all tokens"
     ),
 }
 OF_TOKENS = (
