@@ -17,7 +17,7 @@ from sparsify_vlm.errors import UserError
 from sparsify_vlm.training import CoderConfig, TrainConfig, train
 from sparsify_vlm.training.config import RunConfig
 
-STEPS = 50
+STEPS = 30
 SHAPES = DataConfig(dataset="shapes", max_examples=24)
 
 ACTIVATIONS: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "auxk": {"auxk_alpha": 0.03, "dead_feature_threshold": 2000},
     "bfloat16 moments": {"bf16_moments": True},
     "signum": {"optimizer": "signum", "lr": 3e-3},
-    "muon": {"optimizer": "muon"},
+    "muon": {"optimizer": "muon", "lr": 1e-2},
     "autoencoder": {"transcode": False, "cross_layer": 0},
 }
 VARIANTS = ACTIVATIONS | LAYOUTS
@@ -76,7 +76,7 @@ def settings(save_dir: Path, **changed: Any) -> TrainConfig:
         "lr": 3e-3,
         "lr_warmup_steps": 2,
         "max_steps": STEPS,
-        "save_every": 20,
+        "save_every": 12,
         "layers": [0, 3, 6, 7],
         "save_dir": str(save_dir),
     }
@@ -104,7 +104,7 @@ def test_variant(name: str, store: Path, tmp_path: Path) -> None:
         assert sum(found[-5:]) < 0.9 * sum(found[:5])
     parts = settings(tmp_path, run_name="parts", **common)
     with pytest.raises(Killed):
-        train(parts, quiet=True, on_step=killed_at(33))
+        train(parts, quiet=True, on_step=killed_at(19))
     parts.resume = True
     train(parts, quiet=True)
     assert losses(tmp_path / "parts") == found
