@@ -209,6 +209,8 @@ def test_numbers_as_text() -> None:
     assert [percent(v) for v in (0.195, 0.0012, 0.0, -0.04, None)] == [
         *("19.5 %", "0.12 %", "0 %", "-4.0 %", "undefined")
     ]
+    small = (0.008, 0.0095, 0.00948, 0.00996, 0.0105)
+    assert [percent(v) for v in small] == ["0.80 %", "0.95 %", "0.95 %", "1.0 %", "1.1 %"]
     assert [number(v) for v in (0.344, 0.0, 12.345, 0.00051, 123456.0, None)] == [
         *("0.344", "0.000", "12.35", "0.00051", "1.23e+05", "undefined")
     ]

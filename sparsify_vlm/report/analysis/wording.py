@@ -39,7 +39,7 @@ def _hundredths(value: float) -> str:
     size = abs(100 * value)
     if size < 1e-6:
         return "0"
-    return f"{100 * value:.1f}" if size >= 0.95 else f"{100 * value:.2g}"
+    return f"{100 * value:.1f}" if size >= 0.995 else f"{100 * value:#.2g}"
 
 
 def number(value: float | None) -> str:
