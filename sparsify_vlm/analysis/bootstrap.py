@@ -176,7 +176,7 @@ def product(a: Array, b: Array) -> Array:
     """
     if b.shape[1] == 1:
         return np.einsum("rc,ck->rk", a, b)
-    rows = ALONE // b.size
+    rows = ALONE // max(b.size, 1)
     if len(a) <= rows or rows < LEAST_ROWS:
         return a @ b
     found = np.empty((len(a), b.shape[1]))

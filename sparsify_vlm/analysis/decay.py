@@ -141,8 +141,10 @@ def _parts(x: Array) -> list[slice]:
 
 
 def _values(found: Fit, x: Array) -> Array:
-    """[R, 4]: θ, amplitude, floor, and the root of Σ deviation² / Σ norm²."""
-    return np.stack([found.identified(x), found.amplitude, found.floor, found.error], 1)
+    """[R, 4]: θ, amplitude, floor, and the root of Σ deviation² / Σ norm²; NaN where there are
+    fewer points than parameters."""
+    values = np.stack([found.identified(x), found.amplitude, found.floor, found.error], 1)
+    return np.where(found.enough[:, None], values, math.nan)
 
 
 def _row(

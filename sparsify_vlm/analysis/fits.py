@@ -109,13 +109,17 @@ class Fit:
         shapes = np.exp(np.multiply.outer(-self.curve.rate(self.theta), self.curve.coordinate(x)))
         return self.amplitude[:, None] * shapes + self.floor[:, None]
 
+    @property
+    def enough(self) -> Array:
+        """[R]: whether there are as many points as parameters."""
+        return self.points >= self.curve.n_parameters
+
     def identified(self, x: Array) -> Array:
         """[R]: θ, NaN where it is at the end of what was tried, the curve does not fall, or there
         are fewer points than parameters."""
         low, high = self.curve.bounds(x)
         inside = (self.theta > low * 1.01) & (self.theta < high / 1.01)
-        enough = self.points >= self.curve.n_parameters
-        return np.where(inside & enough & (self.amplitude > 0), self.theta, math.nan)
+        return np.where(inside & self.enough & (self.amplitude > 0), self.theta, math.nan)
 
 
 def fit(curve: Curve, x: Array, y: Array) -> Fit:

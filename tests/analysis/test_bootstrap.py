@@ -12,6 +12,7 @@ from sparsify_vlm.analysis.bootstrap import (
     bootstrap,
     intervals,
     mean_interval,
+    product,
     ratio_difference,
     ratio_interval,
     student_point,
@@ -137,3 +138,28 @@ def test_undefined_is_none():
 def test_clusters_must_match():
     with pytest.raises(ValueError, match="clusters differ"):
         intervals(np.divide, [1.0, 2.0], [1.0])
+
+
+def test_percentiles_of_what_is_finite():
+    """Columns of which some resamples are undefined have the percentiles of the others."""
+    values, seen = np.random.default_rng(5).normal(size=(40, 3)), []
+
+    def statistic(total):
+        seen.append(np.where(total > [-20, -math.inf, 0], total, math.nan))
+        return seen[-1]
+
+    found = intervals(statistic, values, n=4000, expanded=False)
+    assert found.value == pytest.approx(seen[-1][0], nan_ok=True)
+    resamples = seen[-1][1:]
+    assert 0.95 < np.isfinite(resamples[:, 0]).mean() < 1
+    expected = np.nanquantile(resamples, [0.025, 0.975], axis=0)
+    assert found.low[:2] == pytest.approx(expected[0, :2], rel=1e-12)
+    assert found.high[:2] == pytest.approx(expected[1, :2], rel=1e-12)
+    assert math.isnan(found.low[2])  # about half are undefined
+
+
+@pytest.mark.parametrize("shape", [(5000, 26, 26), (5000, 26, 1), (3, 4, 5), (100, 300, 400)])
+def test_product_in_blocks(shape):
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=shape[:2]), generator.normal(size=shape[1:])
+    assert product(a, b) == pytest.approx(np.dot(a, b), abs=1e-12)

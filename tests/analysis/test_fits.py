@@ -58,6 +58,83 @@ def test_noisy_points_against_an_exhaustive_search(curve):
     assert float(found.squares[0]) <= least * (1 + 1e-9)
 
 
+def many_points() -> np.ndarray:
+    """[120, 12]: steep and flat decays, with a floor, without one (so that half of the best floors
+    would be negative), rising ones and noise alone; of a third of them some points are missing."""
+    generator = np.random.default_rng(7)
+    half_life = generator.uniform(0.4, 15, (120, 1))
+    floor = np.repeat([0.3, 0.0, 0.0, 0.1], 30)[:, None]
+    noise = np.tile([0.002, 0.02, 0.2], 40)[:, None]
+    y = 2 ** (-X / half_life) + floor + noise * generator.normal(size=(120, 12))
+    y[100:110] = 1 + 0.001 * generator.normal(size=(10, 12))
+    y[110:] = y[110:, ::-1]
+    missing = generator.random((120, 12)) < 0.2
+    missing[np.arange(120) % 3 > 0] = False
+    return np.where(missing, math.nan, y)
+
+
+def exhaustive(curve, x: np.ndarray, y: np.ndarray) -> float:
+    """The least squares of parameters that are not negative, by orthogonal decomposition at 2000
+    values of θ in the curve's range and 500 around the best; with 0 for each linear parameter."""
+
+    def squares(thetas: np.ndarray) -> np.ndarray:
+        shapes = (1 + x) ** -thetas[:, None] if curve is POWER else 2 ** (-x / thetas[:, None])
+        ones = np.ones_like(shapes)
+        designs = [shapes[..., None]]
+        designs += [np.stack([shapes, ones], 2), ones[..., None]] if curve.floor else []
+        least = np.full(len(thetas), math.inf)
+        for design in designs:
+            Q, upper = np.linalg.qr(design)
+            found = Q.transpose(0, 2, 1) @ y
+            solved = np.linalg.solve(upper, found[..., None])[..., 0]
+            apart = ((y - (Q @ found[..., None])[..., 0]) ** 2).sum(1)
+            least = np.minimum(least, np.where((solved >= 0).all(1), apart, math.inf))
+        return least
+
+    tried = np.geomspace(*curve.bounds(X), 2000)
+    found = squares(tried)
+    best = int(found.argmin())
+    finer = np.geomspace(tried[max(best - 1, 0)], tried[min(best + 1, 1999)], 500)
+    return float(min(found[best], squares(finer).min()))
+
+
+@pytest.mark.parametrize("curve", CURVES, ids=lambda c: c.name)
+def test_many_sets_of_points_against_an_exhaustive_search(curve):
+    """None is fitted worse, all are to the least there is, and that is what the squares say."""
+    points = many_points()
+    found = fit(curve, X, points)
+    for i, y in enumerate(points):
+        known = np.isfinite(y)
+        least = exhaustive(curve, X[known], y[known])
+        squares = np.nansum((found.at(X)[i] - y) ** 2)
+        assert found.squares[i] == pytest.approx(squares, rel=1e-9)
+        assert squares <= least * (1 + 1e-10)
+        assert squares == pytest.approx(least, rel=1e-5)
+    assert (found.amplitude >= 0).all()
+    assert (found.floor >= 0).all()
+    if curve.floor:
+        assert 20 < (found.floor == 0).sum() < 60  # both sides of the edge are met
+
+
+def test_sets_of_points_do_not_meddle_with_each_other():
+    """Fitted together, in blocks and with missing points elsewhere, as each alone."""
+    points = np.tile(many_points(), (9, 1))
+    for curve in CURVES:
+        together, alone = fit(curve, X, points), fit(curve, X, points[1:2])
+        places = np.arange(1, len(points), 120)
+        assert together.theta[places] == pytest.approx(alone.theta[0], rel=1e-9)
+        assert together.floor[places] == pytest.approx(alone.floor[0], rel=1e-9)
+
+
+def test_fewer_points_than_parameters_identify_nothing():
+    y = np.full((2, 12), math.nan)
+    y[0, 3] = 0.5
+    y[1, [3, 6]] = 1.0, 0.5
+    assert np.isnan(fit(EXP, X, y).identified(X)[0])
+    assert fit(EXP, X, y).identified(X)[1] == pytest.approx(3)
+    assert np.isnan(fit(FLOOR, X, y).identified(X)).all()
+
+
 def test_missing_points_are_left_out():
     y = 2 ** (-X / 3)
     holed = y.copy()
