@@ -18,6 +18,7 @@ from sparsify_vlm.cli import main
 from sparsify_vlm.coders import Clt, CltConfig, load_clt, save_clt
 from sparsify_vlm.data.capture import CaptureConfig, capture
 from sparsify_vlm.errors import UserError
+from sparsify_vlm.report.analysis.conclusions import conclusions
 
 LAYERS, WIDTH = 8, 96
 Check = Callable[..., str]
@@ -335,6 +336,18 @@ def dead(clt: Clt) -> None:
     for W, b in zip(clt.W_enc, clt.b_enc, strict=True):
         W.zero_()
         b.fill_(-1.0)
+
+
+def test_coders_with_nothing_to_measure() -> None:
+    """One layer has no distances; decoders of zero have no live latents."""
+    alone = sparsify_vlm.analyze(coder(layers=1), bootstrap=100)
+    assert alone.estimate("same_layer_share_squared_norm").value == pytest.approx(1)
+    assert "one layer only" in conclusions(alone)["Weights"][0]
+    fresh = Clt(coder(layers=3).cfg)
+    empty = sparsify_vlm.analyze(fresh, bootstrap=100)
+    assert empty.estimate("dead_share").value == 1
+    assert empty.estimate("same_layer_share_squared_norm").value is None
+    assert all("undefined" in sentence for sentence in conclusions(empty)["Weights"])
 
 
 def test_a_coder_whose_latents_never_fire(shelf: Path, tmp_path: Path) -> None:
