@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,17 +75,16 @@ class ImageRef:
         except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
             raise BadImage(f"image {self.name} cannot be decoded: {_first_line(error)}") from None
 
-    def _open(self, max_pixels: int) -> Image:
+    def _open(self, max_pixels: int) -> AbstractContextManager[Image]:
+        """Context with the image, closed behind it unless it came decoded."""
         from PIL import Image
 
-        if self.image is not None:
-            image = self.image.copy()
-        else:
+        if self.image is None:
             _pillows_limit(max_pixels)
-            image = Image.open(io.BytesIO(self._read()))
+        image = self.image or Image.open(io.BytesIO(self._read()))
         if image.width * image.height > max_pixels:
             raise BadImage(f"({image.width} × {image.height}) {_too_large(max_pixels)}")
-        return image
+        return image if self.image is None else nullcontext(image)
 
     def _read(self) -> bytes:
         if self.data is not None:
@@ -135,7 +135,7 @@ def _pillows_limit(max_pixels: int) -> None:
 
 
 def to_rgb(image: Image) -> Image:
-    """Any Pillow image as 8-bit RGB: turned upright by its EXIF orientation, first frame.
+    """Any Pillow image as a new one of 8-bit RGB: upright by its EXIF orientation, first frame.
 
     Transparency is laid over white, as a viewer would show it; 16-bit grey keeps its upper 8 bits.
     Raises `BadImage` for pixel types without a defined range (32-bit floats and integers).

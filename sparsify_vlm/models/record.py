@@ -82,9 +82,8 @@ def record_tokens(
 
     def write(layer: int, x_layer: Tensor, y_layer: Tensor) -> None:
         for table, values in ((x, x_layer), (y, y_layer)):
-            rows = values.flatten(0, 1).to(loaded.device)
-            whole = len(rows) == len(kept)
-            table[slot[layer]].copy_(rows if whole else rows.index_select(0, kept))
+            rows = values.flatten(0, 1).to(loaded.device, table.dtype)
+            torch.index_select(rows, 0, kept, out=table[slot[layer]])
 
     with stack.reading(write, input_site, chosen):
         out = loaded.forward(inputs, logits=logits)
