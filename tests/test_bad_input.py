@@ -126,6 +126,11 @@ def test_settings_that_do_not_go_together(
     refused(train(shelf / "llava", shelf / "good.jsonl", out, *more), *words)
 
 
+@pytest.mark.parametrize("given", ["size=1.5", f"size={2**70}", "seed=-1", "seed=x", "colour=1"])
+def test_scenes_there_cannot_be(given: str, refused: Check, shelf: Path, out: Path) -> None:
+    refused(train(shelf / "llava", "shapes", out, "--data_args", given), "size and seed", given)
+
+
 def test_more_active_latents_than_there_are(refused: Check, shelf: Path, out: Path) -> None:
     """Known only once the model's width is: 32 · 1 latents."""
     line = train(shelf / "llava", shelf / "good.jsonl", out, "--k", "64", "--num_latents", "0")

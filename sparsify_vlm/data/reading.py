@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,13 +98,15 @@ class ShapesRows(Rows):
         arguments = {"text_only": text_only} | arguments
         try:
             self.dataset = ShapesDataset(split, **arguments)
-            len(self.dataset)
+            usable = len(self.dataset) >= 0 and index(self.dataset.seed) >= 0
         except (TypeError, OverflowError):
+            usable = False
+        if not usable:
             given = [f"{n}={value}" for n, value in arguments.items() if n != "text_only"]
             raise UserError(
-                "--data_args for shapes knows size and seed, whole numbers, and nothing like "
-                f"{','.join(given)}"
-            ) from None
+                "--data_args for shapes knows size and seed, whole numbers from 0 on, and nothing "
+                f"like {','.join(given)}"
+            )
         columns = ["question", "answer", "type", "id"]
         columns += [] if arguments["text_only"] else ["image"]
         super().__init__(SHAPES, columns, None, f"shapes 1 {split} {sorted(arguments.items())}")
