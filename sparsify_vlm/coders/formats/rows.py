@@ -138,8 +138,22 @@ def _announce(rows: Rows, files: _OpenFiles) -> None:
     if not rows.gap or not hasattr(os, "posix_fadvise"):
         return
     descriptor, size, step = files.get(rows.path), rows.row_bytes, rows.step
+    if _cached(descriptor, rows):
+        return
     for i in range(rows.count):
         os.posix_fadvise(descriptor, rows.offset + i * step, size, os.POSIX_FADV_WILLNEED)
+
+
+def _cached(descriptor: int, rows: Rows) -> bool:
+    """Whether the ends of the first and the last row are in memory, so probably all of them."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    byte = bytearray(1)
+    ends = (rows.offset + i * rows.step + rows.row_bytes - 1 for i in (0, rows.count - 1))
+    try:
+        return all(os.preadv(descriptor, [byte], end, os.RWF_NOWAIT) for end in ends)
+    except OSError:  # would have to wait, or the file system cannot tell
+        return False
 
 
 class _OpenFiles:
