@@ -350,6 +350,7 @@ def test_coders_with_nothing_to_measure() -> None:
     assert all("undefined" in sentence for sentence in conclusions(empty)["Weights"])
 
 
+@pytest.mark.slow
 def test_a_coder_whose_latents_never_fire(shelf: Path, tmp_path: Path) -> None:
     """All that is left is its biases, 0: every arm without fitted decoders is the arm `zero`."""
     path = broken(shelf, tmp_path / "dead", dead)

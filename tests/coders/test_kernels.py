@@ -185,6 +185,7 @@ def test_a_path_is_not_taken_for_types_it_lacks(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="Triton is published for Linux alone")
+@pytest.mark.slow
 def test_triton_passes_this_file_in_its_interpreter() -> None:
     """In a process of its own: Triton reads the variable when it is first imported."""
     pytest_here = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

@@ -29,9 +29,10 @@ from sparsify_vlm.coders.kernels.base import Functions
 from sparsify_vlm.coders.kernels.entries import AdamState, Entries, Selection
 from sparsify_vlm.coders.kernels.triton_path import TritonKernels
 
-pytestmark = pytest.mark.skipif(
-    platform.system() != "Linux", reason="Triton is published for Linux alone"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(platform.system() != "Linux", reason="Triton is published for Linux alone"),
+]
 
 SHAPES = {  # T, F, d, k: tiles are 4 tokens and 32 columns
     "odd": (11, 24, 41, 3),

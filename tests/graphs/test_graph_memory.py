@@ -19,7 +19,10 @@ KEPT = 40
 
 Measured = Callable[[int], dict[str, int]]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,26 @@
-"""Run alone by test_peak_memory.py: trains, and prints how much memory that took.
+"""Started by test_peak_memory.py: trains in forks of its own, and says how much memory that took.
 
-usage: process_of_a_measured_run.py SETTINGS.json, with "train" (arguments of TrainConfig), "coder"
-(of CoderConfig) and, for a live run, "model" and "data" (of DataConfig).
+A run is given as "train" (arguments of TrainConfig), "coder" (of CoderConfig), "environment" and,
+for a live run, "model" and "data" (of DataConfig).
 
-Prints as JSON `grown`: bytes by which the peak of the resident memory stands above what was
-resident before. By then everything is imported and compiled, a tiny coder has been trained on the
-same data, and the model is loaded.
+Said are the bytes by which the peak of the resident memory stands above what was resident before.
+By then everything is imported and compiled, a tiny coder has been trained on the same data, and the
+model is loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from forks import serve
 
+import sparsify_vlm.training.run  # noqa: F401 - `train` imports it when it is called
 from sparsify_vlm.coders import Clt, CltConfig, forward_backward
 from sparsify_vlm.data import DataConfig
 from sparsify_vlm.models import load_model
@@ -30,6 +30,7 @@ from sparsify_vlm.training.distributed import World
 from sparsify_vlm.training.optimizers import Optimizers
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+os.fsync = os.fstat  # gigabytes of checkpoints that nobody reads
 
 
 def resident(which: str) -> int:
@@ -53,7 +54,8 @@ def warm_up(cfg: TrainConfig) -> None:
         optimizers.finish()
 
 
-def main(settings: dict[str, Any]) -> None:
+def grown(settings: dict[str, Any]) -> int:
+    os.environ.update(settings["environment"])
     cfg = TrainConfig(sae=CoderConfig(**settings["coder"]), **settings["train"])
     warm_up(cfg)
     data = DataConfig(**settings.get("data", {}))
@@ -73,8 +75,8 @@ def main(settings: dict[str, Any]) -> None:
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     train(cfg, data, loaded=loaded, quiet=True)
-    print(json.dumps({"grown": resident("VmHWM") - before}))
+    return resident("VmHWM") - before
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    serve(grown)

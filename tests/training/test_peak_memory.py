@@ -9,14 +9,13 @@ them for the next tensor, which is faster and takes up to a third more, not twic
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 from transformers import LlamaConfig
 
 from sparsify_vlm.data.store_writer import StoreWriter, TokenRows
@@ -63,21 +62,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def measured(settings: dict[str, Any], folder: Path) -> int:
-    """Bytes that a run takes in a process of its own."""
-    path = folder / "settings.json"
-    settings["train"]["save_dir"] = str(folder / "runs")
-    path.write_text(json.dumps(settings))
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("process_of_a_measured_run.py")), str(path)],
-        env=os.environ | ALLOCATOR,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found: int = json.loads(done.stdout.strip().splitlines()[-1])["grown"]
-    return found
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Forks]:
+    forks = Forks(Path(__file__).with_name("process_of_a_measured_run.py"), ALLOCATOR)
+    yield forks
+    forks.end()
 
 
 def predicted(model: str, coder: dict[str, Any], options: dict[str, Any]) -> int:
@@ -109,7 +98,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_takes_what_is_predicted(
-    case: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, store: Path, tmp_path: Path, processes: Forks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coder, options, environment = CASES[case]
     coder = {"transcode": True, "cross_layer": LAYERS, **coder}
@@ -117,7 +106,8 @@ def test_a_run_takes_what_is_predicted(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     rates = {"max_steps": 4, "lr": 1e-3, "lr_warmup_steps": 0}
-    taken = measured({"coder": coder, "train": {**options, **rates}}, tmp_path)
+    run = {**options, **rates, "save_dir": str(tmp_path)}
+    taken = processes.ask({"coder": coder, "train": run, "environment": environment})
     taken -= sum(file.stat().st_size for file in (store / "store").iterdir())
     expected = predicted(str(store / "model"), coder, options)
     print(f"{case}: {taken / 1e6:.0f} MB, predicted {expected / 1e6:.0f}: {expected / taken:.3f}")
@@ -126,15 +116,18 @@ def test_a_run_takes_what_is_predicted(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_run_on_the_model_takes_what_is_predicted(stream: bool, tmp_path: Path) -> None:
+def test_a_run_on_the_model_takes_what_is_predicted(
+    stream: bool, tmp_path: Path, processes: Forks
+) -> None:
     coder = {"transcode": True, "cross_layer": 8, "num_latents": 8192, "k": 16}
     options: dict[str, Any] = {"optimizer": "adam", "batch_size": 64}
     if stream:
         options |= {"micro_acc_steps": 4, "stream_activations": True}
-    run = {**options, "max_steps": 2, "lr": 1e-3, "lr_warmup_steps": 0}
+    rates = {"max_steps": 2, "lr": 1e-3, "lr_warmup_steps": 0}
+    run = {"coder": coder, "train": {**options, **rates, "save_dir": str(tmp_path)}}
     data = {"dataset": "shapes", "max_examples": 256}
-    taken = measured({"coder": coder, "train": run, "model": "tiny-llava", "data": data}, tmp_path)
-    (line, *_) = (tmp_path / "runs/unnamed/metrics.jsonl").read_text().splitlines()
+    taken = processes.ask({**run, "model": "tiny-llava", "data": data, "environment": {}})
+    (line, *_) = (tmp_path / "unnamed" / "metrics.jsonl").read_text().splitlines()
     length = round(json.loads(line)["tokens"] / options["batch_size"])
     expected = predicted("tiny-llava", coder, {**options, "ctx_len": length})
     print(f"{stream}: {taken / 1e6:.0f} MB, predicted {expected / 1e6:.0f}: {expected / taken:.3f}")
