@@ -23,9 +23,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_demo(
         DemoConfig(
             output_dir=str(folder),
-            train_scenes=3000,
+            train_scenes=1500,
             heldout_scenes=400,
-            steps=200,
+            steps=130,
             batch_tokens=2048,
         )
     )

@@ -306,9 +306,12 @@ def test_long_call_is_no_death(tmp_path: Path) -> None:
         assert pair.ended(30) == [0, 0], pair.output.read_text()
 
 
-@pytest.mark.parametrize("ranks", [["1"], ["0", "1"]], ids=["one gives up", "both do"])
-def test_own_message_is_the_only_one(tmp_path: Path, ranks: list[str]) -> None:
-    with started(fail, ["the disk is full", *ranks], tmp_path / "out.txt") as pair:
+@pytest.mark.parametrize(
+    ("ranks", "agent"), [(["1"], False), (["0", "1"], True)], ids=["one gives up", "both do"]
+)
+def test_own_message_is_the_only_one(tmp_path: Path, ranks: list[str], agent: bool) -> None:
+    """Where the store goes with process 0, the other one may tell the same once more."""
+    with started(fail, ["the disk is full", *ranks], tmp_path / "out.txt", agent=agent) as pair:
         assert pair.ended(30) == [1, 1]
         said = pair.output.read_text().splitlines()
         assert [line for line in said if not line.startswith("[")] == ["the disk is full"]
