@@ -28,7 +28,6 @@ from torch.optim.adam import adam
 
 from sparsify_vlm.coders.kernels import AdamState, Entries, Kernels, path
 from sparsify_vlm.coders.kernels import triton_launch as launch
-from sparsify_vlm.coders.selecting import MARGIN
 
 LR = 1e-3
 
@@ -125,7 +124,7 @@ def products(at: Slice, kernels: Kernels) -> dict[str, Work]:
     used = sum(len(col.unique()) for col in at.columns)
     tokens, table, asked = at.T * row, at.F * row, at.T * at.k * row
     candidates = at.x @ at.W_enc.T + at.b_enc
-    candidates = candidates.topk(at.k + MARGIN, dim=1).indices
+    candidates = candidates.topk(at.k + launch.MARGIN, dim=1).indices
     scored = candidates.numel() * row
 
     def decode() -> Tensor:
@@ -191,15 +190,32 @@ def adam_step(
     return fused if kernels.fuses_adam else separate
 
 
-def encoder(at: Slice) -> dict[str, Work]:
-    """The encoder's product in bfloat16 and the selection from it."""
+def encoder(at: Slice, triton: bool) -> dict[str, Work]:
+    """The encoder's product and the selection from it."""
     flop = 2.0 * at.T * at.F * at.d
-    x, W, b = at.x.bfloat16(), at.W_enc.bfloat16(), at.b_enc.bfloat16()
-    count = at.k + MARGIN
-    pre = torch.addmm(b, x, W.T).relu()
+    narrow = at.x.bfloat16(), at.W_enc.bfloat16(), at.b_enc.bfloat16()
+    count = at.k + launch.MARGIN
+    if not triton:
+        pre = torch.addmm(narrow[2], narrow[0], narrow[1].T).relu()
+        return {
+            "encoder, bfloat16": Work(
+                lambda: torch.addmm(narrow[2], narrow[0], narrow[1].T).relu(), flop=flop
+            ),
+            f"{count} largest": Work(lambda: pre.topk(count, dim=1, sorted=True).values),
+        }
+    x, W, b = narrow[0], narrow[1], at.b_enc
+    pre, maxima = launch.encode(x, W, b)
     return {
-        "encoder, bfloat16": Work(lambda: torch.addmm(b, x, W.T).relu(), flop=flop),
-        f"{count} largest": Work(lambda: pre.topk(count, dim=1, sorted=True).values),
+        "encoder, bfloat16": Work(lambda: launch.encode(x, W, b)[0][:, : at.F], flop=flop),
+        f"{count} largest": Work(
+            lambda: launch.largest(pre, maxima, count)[0].sort(1, descending=True).values
+        ),
+        "encoder, tf32": Work(
+            lambda: launch.encode(at.x, at.W_enc, b, precision="tf32")[0][:, : at.F], flop=flop
+        ),
+        f"encoder to the {at.k} largest, exact": Work(
+            lambda: launch.top(at.x, at.W_enc, b, at.k)[0].sort(1).values, flop=flop
+        ),
     }
 
 
@@ -220,8 +236,8 @@ def rates(at: Slice, clock: Clock) -> Table:
 def compare(at: Slice, clock: Clock, triton: bool) -> Table:
     """Each kernel beside the torch path, and whether they agree."""
     torch_path = path("torch")
-    reference = products(at, torch_path) | encoder(at)
-    ours = products(at, triton_kernels()) if triton else {}
+    reference = products(at, torch_path) | encoder(at, False)
+    ours = products(at, triton_kernels()) | encoder(at, True) if triton else {}
     table = Table(
         "kernel", "path", "ms", "unique GB/s", "gathered GB/s", "TFLOP/s", "error", "repeats"
     )

@@ -179,6 +179,64 @@ def rounds_the_second_moment_as_torch_does() -> None:
         assert torch.equal(second.nan_to_num(-1), expected.nan_to_num(-1))
 
 
+def encodes(precision: str, T: int, F: int, d: int) -> None:
+    """Products rounded to bfloat16 within one unit, and maxima of what was written."""
+    x, W, b = torch.randn(T, d), torch.randn(F, d), torch.randn(F)
+    if precision == "bf16":
+        exact = x.bfloat16().double() @ W.bfloat16().double().T + b.double()
+    else:
+        exact = x.double() @ W.double().T + b.double()
+    pre, maxima = launch.encode(x, W, b, precision=precision)
+    assert pre.dtype == maxima.dtype == torch.bfloat16
+    error = (pre[:, :F].double() - exact.relu()).abs()
+    on_tensor_cores = precision == "tf32" and x.is_cuda
+    assert (error <= 2**-7 * exact.relu() + (0.05 if on_tensor_cores else 1e-5)).all()
+    assert (pre[:, F:] == -1).all()
+    assert torch.equal(maxima, pre.view(T, -1, launch.GROUP).amax(2))
+
+
+def encodes_in_float32() -> None:
+    x, W, b = torch.randn(18, 40), torch.randn(50, 40), torch.randn(50)
+    pre, _ = launch.encode(x, W, b, precision="ieee", pre_dtype=torch.float32)
+    close(pre[:, :50], (x.double() @ W.double().T + b.double()).relu())
+
+
+def selects(T: int, F: int, d: int, k: int) -> None:
+    """The same latents as torch.topk of the float64 product, as far as they are active: no token's
+    k-th is nearly a tie."""
+    x, W, b = torch.randn(T, d), torch.randn(F, d), 0.1 * torch.randn(F)
+    exact = (x.double() @ W.double().T + b.double()).relu()
+    expected = exact.topk(k, dim=1)
+    values, latents = launch.top(x, W, b, k)
+    chosen, wanted = torch.zeros(2, T, F).bool()
+    assert torch.equal(
+        chosen.scatter(1, latents, values > 0), wanted.scatter(1, expected.indices, expected[0] > 0)
+    )
+    assert all(len(set(row)) == k for row in latents.tolist())
+    close(values, exact.gather(1, latents))
+
+
+def selects_where_bfloat16_does_not() -> None:
+    """Two latents apart by less than bfloat16 tells: the rescoring orders them."""
+    x = torch.ones(3, 32)
+    W = torch.zeros(400, 32)
+    W[:, 0] = torch.linspace(0, 0.5, 400)
+    W[7, 0], W[300, 0], W[301, 0] = 1.0, 1.0001, 1.0002
+    values, latents = launch.top(x, W, torch.zeros(400), 2)
+    assert (latents.sort(1).values == torch.tensor([300, 301])).all()
+    close(values.sort(1).values, torch.tensor([[1.0001, 1.0002]]).double().expand(3, 2))
+
+
+def largest_lie_in_the_largest_groups(F: int, count: int) -> None:
+    pre = torch.randn(7, F).relu()
+    pre[0] = pre[0].round()  # ties
+    padded = torch.nn.functional.pad(pre, (0, -F % launch.GROUP), value=-1.0)
+    values, latents = launch.largest(padded, padded.view(7, -1, launch.GROUP).amax(2), count)
+    assert torch.equal(values.sort(1).values, pre.sort(1).values[:, -count:])
+    assert torch.equal(pre.gather(1, latents), values)
+    assert all(len(set(row)) == count for row in latents.tolist())
+
+
 def rescores() -> None:
     x, W, b = torch.randn(5, 70), torch.randn(20, 70), torch.randn(20)
     candidates = torch.stack([torch.randperm(20)[:6] for _ in range(5)])
@@ -222,6 +280,7 @@ def nothing_active() -> None:
         found = launch.backward(G, *sorted_entries(chosen, values), W, out=out)
         assert not out.any()
         assert found.shape == launch.dots(G, chosen.crow, chosen.col, W).shape == (0,)
+    assert launch.encode(torch.zeros(0, 5), W, torch.zeros(4))[0].shape == (0, launch.GROUP)
 
 
 def unaligned_tables() -> None:
@@ -297,6 +356,14 @@ def interpreted_cases() -> dict[str, Callable[[], None]]:
     cases["adam bfloat16 table"] = partial(
         adam, "odd", "uniform", single, True, True, torch.bfloat16
     )
+    for precision, shape in product(("bf16", "tf32", "ieee"), ((18, 50, 41), (3, 16, 16))):
+        cases[f"encode {precision} {shape}"] = partial(encodes, precision, *shape)
+    cases["encode in float32"] = encodes_in_float32
+    for shape in ((9, 400, 41, 5), (17, 330, 48, 1), (4, 64, 20, 32)):
+        cases[f"top {shape}"] = partial(selects, *shape)
+    cases["top where bfloat16 ties"] = selects_where_bfloat16_does_not
+    for F, count in ((400, 13), (100, 1), (50, 30), (333, 20)):
+        cases[f"largest {count} of {F}"] = partial(largest_lie_in_the_largest_groups, F, count)
     for case in (
         rescores, tuned_tiles_change_no_bit, order_of_rows_changes_no_bit, nothing_active,
         rounds_the_second_moment_as_torch_does, unaligned_tables, refusals, serves_as_path,

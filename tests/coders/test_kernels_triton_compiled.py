@@ -1,6 +1,7 @@
 """The Triton kernels compiled for compute capability 9.0, which needs no GPU.
 
-What the interpreter runs need not compile. Checked besides: that rows are read 16 bytes at a time.
+What the interpreter runs need not compile. Checked besides: that rows are read 16 bytes at a time,
+and that the encoder's products go to the tensor cores.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ POINTERS = {
     "addresses": "*i64",
     "crow": "*i64", "col": "*i64", "rows": "*i64", "start": "*i64", "order": "*i64",
     "token": "*i64", "out": "*fp32", "value_like": "*fp32", "grad": "*fp32", "decay": "*fp32",
-    "dots": "*fp32", "values": "*fp32",
+    "dots": "*fp32", "values": "*fp32", "b": "*fp32", "pre": "*bf16", "maxima": "*bf16",
 }  # fmt: skip
 FLOATS = ("beta1", "rest1", "beta2", "rest2", "step_size", "root", "eps")
 
@@ -91,3 +92,17 @@ def test_backward(moments: str, adam: bool, decay: bool, dots: bool, width: int)
 def test_dots() -> None:
     made = compiled("dots", launch._row_tiles(4096), {"W": "*fp32", "x": "*fp32"}, {})
     assert "ld.global.v4.b32" in made.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "instruction"),
+    [("bf16", "wgmma.mma_async"), ("tf32", ".tf32"), ("ieee", "fma.rn")],
+)
+def test_encode(precision: str, instruction: str) -> None:
+    """Each of the tiles that are tuned."""
+    kind = "*bf16" if precision == "bf16" else "*fp32"
+    fixed: dict[str, Any] = {"GROUP": launch.GROUP, "WIDEN": False}
+    fixed["PRECISION"] = "tf32" if precision == "tf32" else "ieee"
+    for tiles, options in each_config(launch._encoder(precision)[0]):
+        made = compiled("encode", {**tiles, **fixed}, {"x": kind, "W": kind}, options)
+        assert instruction in made.asm["ptx"]

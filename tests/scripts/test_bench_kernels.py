@@ -28,9 +28,10 @@ def test_all_kernels_agree_with_the_torch_path() -> None:
     errors = {
         row[1]: float(row[7]) for row in rows if len(row) > 8 and row[2] == "triton" if row[7]
     }
-    assert len(errors) == 6
+    assert len(errors) == 8
     for name, error in errors.items():
-        assert error < 1e-6, name
+        # 2^-7: bfloat16 is cut off by the interpreter and rounded by torch.
+        assert error < (2**-7 if "encoder" in name or "largest" in name else 1e-6), name
 
 
 def test_says_what_it_does_not_measure() -> None:

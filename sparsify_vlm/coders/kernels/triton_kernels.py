@@ -7,9 +7,9 @@ arithmetic is in float32, whatever the tensors hold.
 Programs along the first axis of a grid start one after another, so that those running together
 share a column tile (second axis), whose part of the tables then stays in the L2 cache.
 
-Nothing is added by atomics, so results repeat bit by bit. In `decode` each number is summed in the
-same order whatever the tile sizes, which may thus be tuned at run time. In the others it is not:
-their tiles follow from d alone, or a resumed run would differ in the last bit.
+Nothing is added by atomics, so results repeat bit by bit. In `decode` and `encode` each number is
+summed in the same order whatever the tile sizes, which may thus be tuned at run time. In the others
+it is not: their tiles follow from d alone, or a resumed run would differ in the last bit.
 """
 
 from __future__ import annotations
@@ -143,6 +143,51 @@ def dots(
         ).to(tl.float32)
         part = tl.sum(row * own[None, :], axis=1)
         tl.store(out + tile.to(tl.int64) * entries + e, part, mask=active)
+
+
+@triton.jit
+def encode(
+    pre, maxima,  # [T, groups · GROUP], [T, groups]
+    x, W, b,  # [T, d], [F, d], [F]
+    tokens, latents, width, groups,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, TOGETHER: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """relu(x @ Wᵀ + b), and of each GROUP neighbouring latents the largest; -1 beyond latent F.
+
+    TOGETHER blocks of tokens go through the latents side by side and share the tiles of W.
+    """
+    along_t, along_f = tl.cdiv(tokens, BLOCK_T), tl.cdiv(groups * GROUP, BLOCK_F)
+    band, inner = tl.program_id(0) // (TOGETHER * along_f), tl.program_id(0) % (TOGETHER * along_f)
+    in_band = min(along_t - band * TOGETHER, TOGETHER)
+    t = (band * TOGETHER + inner % in_band) * BLOCK_T + tl.arange(0, BLOCK_T)
+    block = inner // in_band
+    f = block * BLOCK_F + tl.arange(0, BLOCK_F)
+    c = tl.arange(0, BLOCK_K)
+    is_token, is_latent = t < tokens, f < latents
+    xs = x + t.to(tl.int64)[:, None] * width + c[None, :]
+    ws = W + f.to(tl.int64)[None, :] * width + c[:, None]
+    sums = tl.zeros((BLOCK_T, BLOCK_F), tl.float32)
+    for first in range(0, width, BLOCK_K):
+        is_column = first + c < width
+        left = tl.load(xs, mask=is_token[:, None] & is_column[None, :], other=0)
+        right = tl.load(ws, mask=is_column[:, None] & is_latent[None, :], other=0)
+        if WIDEN:  # the interpreter multiplies the bit patterns of bfloat16 as integers
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        sums = tl.dot(left, right, sums, input_precision=PRECISION)
+        xs += BLOCK_K
+        ws += BLOCK_K
+    bias = tl.load(b + f, mask=is_latent, other=0).to(tl.float32)
+    sums = tl.where(is_latent[None, :], tl.maximum(sums + bias[None, :], 0), -1)
+    rounded = sums.to(pre.dtype.element_ty)
+    here = t.to(tl.int64)[:, None] * (groups * GROUP) + f[None, :]
+    tl.store(pre + here, rounded, mask=is_token[:, None] & (f < groups * GROUP)[None, :])
+    grouped = tl.reshape(rounded.to(tl.float32), (BLOCK_T, BLOCK_F // GROUP, GROUP))
+    largest = tl.max(grouped, axis=2).to(pre.dtype.element_ty)
+    i = block * (BLOCK_F // GROUP) + tl.arange(0, BLOCK_F // GROUP)
+    here = t.to(tl.int64)[:, None] * groups + i[None, :]
+    tl.store(maxima + here, largest, mask=is_token[:, None] & (i < groups)[None, :])
 
 
 INTERPRETED = not isinstance(decode, triton.JITFunction)

@@ -5,8 +5,8 @@ computed are float32. crow, col, order, start, token are those of `entries.Selec
 contiguous and on one device, or `ValueError`.
 
 With TRITON_INTERPRET=1 in the environment before triton is first imported the same kernels run on
-CPU tensors in Triton's interpreter, far too slow for anything but tests, with small tiles and no
-tuning.
+CPU tensors in Triton's interpreter, far too slow for anything but tests. Three differences: small
+tiles, no tuning, and bfloat16 operands of the encoder are widened before they are multiplied.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ from torch import Tensor
 
 from sparsify_vlm.coders.kernels import rounding
 from sparsify_vlm.coders.kernels.entries import AdamState
+
+GROUP = 16
+"""Latents per group in the two-stage selection."""
+
+MARGIN = 8
+"""Candidates more than k that are rescored exactly."""
 
 Part = tuple[Tensor, Tensor, Tensor, Tensor]
 """crow, col, values and the table W of one source."""
@@ -60,6 +66,29 @@ def _decoder() -> tuple[Any, dict[str, int]]:
     # Whatever the tuning chooses, each sum is taken in the same order: see the kernel.
     tune = triton.autotune(configs, key=["width", "magnitude"], restore_value=["out"])
     return tune(kernels.decode), {}
+
+
+@cache
+def _encoder(precision: str) -> tuple[Any, dict[str, int]]:
+    kernels = _kernels()
+    if kernels.INTERPRETED:
+        return kernels.encode, {"BLOCK_T": 16, "BLOCK_F": 2 * GROUP, "BLOCK_K": 16, "TOGETHER": 2}
+    import triton
+
+    tiles, depth = {
+        "bf16": ([(128, 256, 8, 4), (128, 256, 8, 3), (128, 128, 8, 4), (256, 128, 8, 3)], 64),
+        "tf32": ([(128, 256, 8, 3), (128, 128, 8, 4), (128, 128, 4, 3)], 32),
+        "ieee": ([(64, 64, 4, 3), (128, 64, 8, 3)], 32),
+    }[precision]
+    # One depth for all, so that tuning does not change the order of the sums.
+    configs = [
+        triton.Config(
+            {"BLOCK_T": t, "BLOCK_F": f, "BLOCK_K": depth, "TOGETHER": 8},
+            num_warps=warps, num_stages=stages,
+        )
+        for t, f, warps, stages in tiles
+    ]  # fmt: skip
+    return triton.autotune(configs, key=["latents", "width"])(kernels.encode), {}
 
 
 def _row_tiles(width: int) -> dict[str, int]:
@@ -227,3 +256,67 @@ def _adam_numbers(state: AdamState | None) -> tuple[float, ...]:
     root = (1 - state.beta2**state.step) ** 0.5
     beta1, beta2 = state.beta1, state.beta2
     return beta1, 1 - beta1, beta2, 1 - beta2, step_size, root, state.eps
+
+
+def encode(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor,
+    *,
+    precision: str = "bf16",
+    pre_dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, Tensor]:
+    """relu(x @ Wᵀ + b) as [T, groups · GROUP] and the maximum of each group of GROUP neighbouring
+    latents [T, groups], both of `pre_dtype`; -1 in place of latents beyond F.
+
+    `precision` of the products: bf16 (operands are cast), tf32 or ieee (operands of one type);
+    they are summed in float32.
+    """
+    if precision == "bf16":
+        x, W = x.to(torch.bfloat16), W.to(torch.bfloat16)
+    _check(x, W, b)
+    (tokens, width), latents = x.shape, len(W)
+    groups = -(-latents // GROUP)
+    pre = x.new_empty(tokens, groups * GROUP, dtype=pre_dtype)
+    maxima = x.new_empty(tokens, groups, dtype=pre_dtype)
+    if not tokens:
+        return pre, maxima
+    kernel, tiles = _encoder(precision)
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        return (-(-tokens // meta["BLOCK_T"]) * -(-groups * GROUP // meta["BLOCK_F"]),)
+
+    with torch.cuda.device_of(x):
+        kernel[grid](
+            pre, maxima, x, W, b, tokens, latents, width, groups, GROUP=GROUP,
+            PRECISION="tf32" if precision == "tf32" else "ieee", WIDEN=_kernels().INTERPRETED,
+            **tiles,
+        )  # fmt: skip
+    return pre, maxima
+
+
+def largest(pre: Tensor, maxima: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values and latents [T, count] of the `count` largest of each row of what `encode` gave.
+
+    They lie in the `count` groups with the largest maxima.
+    """
+    if count >= maxima.shape[1]:
+        values, indices = pre.topk(count, dim=1, sorted=False)
+        return values, indices
+    groups = maxima.topk(count, dim=1, sorted=False).indices
+    inside = torch.arange(GROUP, device=pre.device)
+    latents = (groups[:, :, None] * GROUP + inside).flatten(1)
+    values, places = pre.gather(1, latents).topk(count, dim=1, sorted=False)
+    return values, latents.gather(1, places)
+
+
+def top(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values (float32) and latents [T, k] of the k largest of relu(x @ Wᵀ + b), in no order.
+
+    k + MARGIN candidates are taken from the bfloat16 product and rescored from x and W as given.
+    """
+    pre, maxima = encode(x, W, b)
+    candidates = largest(pre, maxima, min(k + MARGIN, len(W)))[1]
+    exact = rescore(x, W, b, candidates).relu()
+    values, places = exact.topk(k, dim=1, sorted=False)
+    return values, candidates.gather(1, places)
