@@ -47,15 +47,18 @@ BETWEEN = {
     "delta_ce_difference.same_only": "The cross-entropy (nats) added by zeroing them",
 }
 """Quantities that are said to differ between the models, or not."""
+OF_IMAGES = "block_share_same"
+TEXTS = ("text", "text_only")
+"""Roles that image tokens are compared with."""
 BY_ROLE = {
-    "block_share_same": "The own layer's block share",
+    OF_IMAGES: "The own layer's block share",
     "fvu_difference.same_only": "The FVU added by cutting cross-layer writes",
     "error_difference.same_only": "The error so added, over the variance of all tokens,",
 }
 
 
 def in_short(groups: Groups, found: Mapping[str, Comparison]) -> list[str]:
-    """The claims that the intervals allow."""
+    """What a reader should take away, as far as the intervals allow."""
     points = []
     for model, name in NAMES.items():
         zero = groups[model, "clt"]
@@ -68,8 +71,15 @@ def in_short(groups: Groups, found: Mapping[str, Comparison]) -> list[str]:
             )
         points.append(_path_of_training(groups, model))
     points.append(directions(groups))
-    points += [between_models(groups, name) for name in BETWEEN]
-    points += [_of_roles(found, name, other) for name in BY_ROLE for other in ("text", "text_only")]
+    points += [_of_roles(found, OF_IMAGES, other) for other in TEXTS]
+    return [point for point in points if point]
+
+
+def one_by_one(groups: Groups, found: Mapping[str, Comparison]) -> list[str]:
+    """Every quantity between the models, and the others between the kinds of tokens."""
+    points = [between_models(groups, name) for name in BETWEEN]
+    others = [name for name in BY_ROLE if name != OF_IMAGES]
+    points += [_of_roles(found, name, text) for name in others for text in TEXTS]
     return [point for point in points if point]
 
 
@@ -112,7 +122,7 @@ def directions(groups: Groups) -> str:
     same = sum(kinds in ({"above"}, {"below"}) for kinds in found)
     turned = sum({"above", "below"} <= kinds for kinds in found)
     return (
-        f"Of the {len(found)} quantities named here that are compared between the two models, "
+        f"Of the {len(found)} quantities compared between the two models one by one below, "
         f"{same} differ in the same direction in all three kinds of CLTs, and {turned} in one "
         "direction or the other by how the CLTs were trained."
     )

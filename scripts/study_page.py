@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
-from study_claims import beside_clip, chance, in_short
+from study_claims import beside_clip, chance, in_short, one_by_one
 from study_rows import (
     ARMS,
     NAMES,
@@ -85,6 +85,7 @@ def build(groups: Groups, pictures: Sequence[str]) -> Page:
             _training(groups, pictures),
             _controls(groups),
             _roles(groups, found, pictures),
+            Section("What differs, one by one", points=one_by_one(groups, found)),
             _figures(pictures),
             Section("What this does not show", points=[*LIMITS, chance(groups, list(ROWS))]),
         ],

@@ -61,13 +61,14 @@ def groups(
     }
 
 
-def in_short(script: Any, **cuts: list[float]) -> list[str]:
+def claims(script: Any, **cuts: list[float]) -> list[str]:
     found = groups(script, **cuts)
     compared = {
         arm: script.study_page.compare_results(found["llm", arm], found["vlm", arm])
         for arm in script.study_rows.ARMS
     }
-    return script.study_claims.in_short(found, compared)
+    said = script.study_claims
+    return [*said.in_short(found, compared), *said.one_by_one(found, compared)]
 
 
 def test_recipes_differ_in_the_activations_only() -> None:
@@ -93,7 +94,7 @@ def test_recipes_differ_in_the_activations_only() -> None:
     ],
 )
 def test_what_training_changes(script: Any, warm_cut: list[float], words: str) -> None:
-    said = in_short(script, warm_cut=warm_cut, llm_cut=[0.40, 0.41, 0.42])
+    said = claims(script, warm_cut=warm_cut, llm_cut=[0.40, 0.41, 0.42])
     assert sum(words in sentence for sentence in said) == 2  # one of each model
 
 
@@ -115,7 +116,7 @@ def test_what_differs_between_the_models(
     script: Any, llm_cut: list[float], llm_warm: list[float], words: str
 ) -> None:
     """A difference that turns with the training of the coders is told as such."""
-    said = in_short(script, warm_cut=llm_warm, llm_cut=llm_cut, vlm_warm=SAME)
+    said = claims(script, warm_cut=llm_warm, llm_cut=llm_cut, vlm_warm=SAME)
     [sentence] = [s for s in said if s.startswith("The FVU added by zeroing")]
     assert words in sentence
     for name in ("from zero", "from zero, twice as long", "from the PLT"):
