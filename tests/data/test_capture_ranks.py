@@ -71,18 +71,8 @@ def assert_same(folder: Path, single: dict) -> None:
         assert all(map(torch.equal, columns, single[number]))
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        ["scripts/capture_activations.py"],
-        pytest.param(["-m", "sparsify_vlm", "capture"], marks=pytest.mark.slow),
-    ],
-    ids=["script", "module"],
-)
-def test_two_processes_make_the_store_of_one(
-    tmp_path: Path, single: dict, program: list[str]
-) -> None:
-    process = torchrun(2, *program, *options(tmp_path / "s"))
+def test_two_processes_make_the_store_of_one(tmp_path: Path, single: dict) -> None:
+    process = torchrun(2, "scripts/capture_activations.py", *options(tmp_path / "s"))
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
     assert said.count(f"{SAMPLES} samples, ") == 1
