@@ -155,12 +155,15 @@ def by_training(
     if not told:
         return f"{what} is not known to be higher or lower {than} ({each})."
     if len(told) > 1:
-        return f"{what} is higher or lower {than} by how the CLTs were trained ({each})."
+        return (
+            f"{what} is in some CLTs higher, in others lower {than}, by how the CLTs were "
+            f"trained ({each})."
+        )
     word = words[told[0]]
     if len(arms) == 1:
         return f"{what} is {word} {than} in all kinds of CLTs ({each})."
     some = listed([ARMS[arm] for arm in arms[told[0]]])
-    return f"{what} is {word} {than} in CLTs {some}, the others are no evidence ({each})."
+    return f"{what} is {word} {than} in CLTs {some}, without evidence in the others ({each})."
 
 
 def chance(groups: Groups, names: Sequence[str]) -> str:

@@ -284,6 +284,7 @@ def _told_in_one_line(command: Command, debug: bool) -> Iterator[_Outcome]:
     outcome = _Outcome()
     try:
         yield outcome
+        sys.stdout.flush()
     except HelpRequested as request:
         outcome.status = _print(request.text)
     except KeyboardInterrupt:

@@ -117,6 +117,7 @@ def test_unknown_flag(refused: Check, shelf: Path, out: Path) -> None:
         (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
         (["--run_name", "../mine"], ["--run_name ../mine", "--save_dir"]),
         (["--run_name", "mine/too"], ["--run_name mine/too", "one folder"]),
+        (["--run_name", ""], ["--run_name is empty", "one folder"]),
         (["--max_examples", str(10**30)], ["--max_examples", "choose a number"]),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -311,6 +312,27 @@ def test_work_goes_on_without_a_reader(
         process.stdin.close()
         assert process.wait(60) == status
     assert (tmp_path / "file").exists() == done
+
+
+AT_ONCE = WITHOUT_READER.replace('print("ready", flush=True)\nsys.stdin.read()\n', "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_work_goes_on_with_closed_streams(closed: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(AT_ONCE)} {file} go {closed}"
+    assert subprocess.run(command, shell=True, timeout=60).returncode == 0
+    assert file.read_text() == "done"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no full device")
+def test_output_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", AT_ONCE, str(tmp_path / "file"), "go"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if set(line) != {"x"}]
+    assert line == "error: the standard output cannot be written: No space left on device"
 
 
 def test_help_needs_no_torch() -> None:

@@ -60,6 +60,11 @@ def _at_least(config: object, **bounds: int) -> None:
             raise UserError(f"--{name} {value}: must be at least {least}")
 
 
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed}: must be from 0 to 2^63 - 1")
+
+
 @dataclass(kw_only=True)
 class AnalyzeConfig(ReplacedConfig, DataConfig):
     """Which coder is analysed, on which tokens."""
@@ -121,6 +126,7 @@ class AnalyzeConfig(ReplacedConfig, DataConfig):
         super().__post_init__()
         self.only = chosen(self.only) if self.only else []
         _at_least(self, batch_size=1, top=1, causal=0)
+        _check_seed(self.seed)
         if self.bootstrap is not None:
             _at_least(self, bootstrap=100)
         if self.activations and (self.dataset or self.dataset_mix):
@@ -188,6 +194,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         self.only = chosen(self.only) if self.only else []
+        _check_seed(self.seed)
         for one, several in (("text_clt", "text"), ("vlm_clt", "vlm")):
             if getattr(self, one) and getattr(self, several):
                 raise UserError(f"{one.upper()} and --{several} exclude each other")

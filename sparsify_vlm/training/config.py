@@ -396,9 +396,9 @@ def _check_supported(cfg: TrainConfig) -> None:
             raise UserError(f"{what} is not supported yet: {instead}")
     if not cfg.init_seeds:
         raise UserError("--init_seeds needs one seed")
-    if cfg.run_name and (cfg.run_name == ".." or Path(cfg.run_name).name != cfg.run_name):
+    if (name := cfg.run_name) is not None and (name in ("", "..") or Path(name).name != name):
         raise UserError(
-            f"--run_name {cfg.run_name}: give the name of one folder, to be made in --save_dir"
+            f"--run_name {name or 'is empty'}: give the name of one folder, made in --save_dir"
         )
     if not -(2**63) <= cfg.seed < 2**63:
         raise UserError(f"--init_seeds {cfg.seed}: a seed has 64 bits, give a smaller number")

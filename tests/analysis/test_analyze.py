@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sparsify_vlm
-from sparsify_vlm.analysis.config import AnalyzeConfig, chosen, read_labels
+from sparsify_vlm.analysis.config import AnalyzeConfig, CompareConfig, chosen, read_labels
 from sparsify_vlm.analysis.contrasts import minus
 from sparsify_vlm.analysis.results import Results
 from sparsify_vlm.cli import main
@@ -419,3 +419,15 @@ def test_flags_that_do_not_go_together() -> None:
     assert replace(plain, only=[]).experiments() == ["weights", "features", "distance"]
     assert "ablation" in AnalyzeConfig(clt="c", dataset="shapes").experiments()
     assert chosen([]) == ["weights", "ablation", "features", "distance"]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_that_cannot_be(seed: int, tmp_path: Path) -> None:
+    for config in (
+        lambda: AnalyzeConfig(clt="clt", output_dir=str(tmp_path / "a"), seed=seed),
+        lambda: CompareConfig(
+            text_clt="text", vlm_clt="vlm", output_dir=str(tmp_path / "a"), seed=seed
+        ),
+    ):
+        with pytest.raises(UserError, match=f"--seed {seed}: must be from 0"):
+            config()

@@ -107,7 +107,11 @@ SAME, WIDE = [0.40, 0.41, 0.42], [0.20, 0.41, 0.62]
     [
         (LESS, LESS, "is higher in tiny-llava than in tiny-llama in all kinds of CLTs"),
         (MORE, MORE, "is lower in tiny-llava than in tiny-llama in all kinds of CLTs"),
-        (LESS, MORE, "is higher or lower in tiny-llava than in tiny-llama by how the CLTs were"),
+        (
+            LESS,
+            MORE,
+            "is in some CLTs higher, in others lower in tiny-llava than in tiny-llama, by how",
+        ),
         (WIDE, WIDE, "is not known to be higher or lower in tiny-llava"),
         (WIDE, LESS, "is higher in tiny-llava than in tiny-llama in CLTs started from per-layer"),
     ],
