@@ -95,7 +95,8 @@ class Watch:
             self._old_wakeup = signal.set_wakeup_fd(self._wakes[1], warn_on_full_buffer=False)
             self._before = signal.signal(signal.SIGTERM, self._terminated)
             os.register_at_fork(after_in_child=self._forget_signals)
-        threading.Thread(target=self._beats, name="beats", daemon=True).start()
+        self._beating = threading.Thread(target=self._beats, name="beats", daemon=True)
+        self._beating.start()
         threading.Thread(target=self._guards, name="guards", daemon=True).start()
         return self
 
@@ -111,6 +112,8 @@ class Watch:
         if error is None:
             self._note(f"left {self.rank}")
             self._left.set()
+            # Ending the interpreter while the thread is in a call to the store would abort it.
+            self._beating.join(5.0)
         else:
             _, is_ours = self._claim("")
             self._end_in(10.0, FAILED)
